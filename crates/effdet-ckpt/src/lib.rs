@@ -1,0 +1,2 @@
+//! Checkpoint directories committed by rename, and weight import.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! Data sets, records, image decoding, augmentation and the prefetching loader.
+#![forbid(unsafe_code)]

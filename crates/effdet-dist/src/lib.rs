@@ -1,0 +1,2 @@
+//! Process groups: the single process, and later MPI.
+#![forbid(unsafe_code)]
