@@ -1,2 +1,9 @@
 //! The EfficientDet family as data: presets, layers, variables, anchors, boxes, assignment, losses, decoding and NMS.
 #![forbid(unsafe_code)]
+
+pub mod engine;
+pub mod hparams;
+pub mod network;
+pub mod rng;
+pub mod suggest;
+pub mod weights;
