@@ -1,0 +1,100 @@
+//! The command line as data: every command, option, alias and example.
+//!
+//! Nothing here touches the world; `commands` resolves these values against it.
+
+mod data;
+mod eval;
+mod infer;
+mod inspect;
+mod train;
+
+pub use data::{ConvertFormat, DataArgs, DataCommand};
+pub use eval::EvalArgs;
+pub use infer::InferArgs;
+pub use inspect::{InspectArgs, InspectCommand};
+pub use train::{EngineArgs, ModelArgs, SourceArgs, TrainArgs};
+
+use clap::{Args, Parser, Subcommand};
+
+/// EfficientDet object detection: train, evaluate, run and inspect, in one static binary.
+#[derive(Debug, Parser)]
+#[command(name = "effdet", version, propagate_version = true, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  effdet train                                   quickstart on a synthetic data set, nothing needed
+  effdet train --data my_coco --model d0         train on a COCO or VOC folder, its layout is found
+  effdet train --data my_coco --resume           go on where the last run of that folder stopped
+  effdet eval --checkpoint runs/x --data my_coco AP table of the newest checkpoint
+  effdet eval --results dets.json --ground-truth instances.json   score somebody else's detections
+  effdet infer --checkpoint runs/x photos/       annotated images and JSON
+  effdet inspect model --model d0                parameters and multiply-adds per stage";
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a detector; without arguments, the quickstart.
+    Train(Box<TrainArgs>),
+    /// Score a checkpoint, or a results JSON, with the COCO metric.
+    Eval(Box<EvalArgs>),
+    /// Detect objects in images and draw them.
+    Infer(Box<InferArgs>),
+    /// Look inside a model, a checkpoint or a forward pass.
+    Inspect(InspectArgs),
+    /// Convert, inspect and synthesise data sets.
+    Data(DataArgs),
+    /// Measure speed on this machine.
+    Bench(BenchArgs),
+    /// Print a shell completion script.
+    Completions {
+        /// Shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Options of `bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  effdet bench train --batch-size 4              one training step of D0 at 512x512, timed per stage
+  effdet bench infer --batch-size 1 --threads 1 --json")]
+pub struct BenchArgs {
+    /// What to time.
+    #[command(subcommand)]
+    pub command: BenchCommand,
+}
+
+/// Benchmarks.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Training steps: forward, loss, backward, clipping, optimiser, moving average; fixed batch, no input pipeline.
+    Train(BenchOptions),
+    /// Network outputs.
+    Infer(BenchOptions),
+}
+
+/// Options of every benchmark.
+#[derive(Debug, Args)]
+pub struct BenchOptions {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Images per step.
+    #[arg(long, short, default_value_t = 4, alias = "batch", alias = "batch_size")]
+    pub batch_size: usize,
+    /// Steps that are not counted, first.
+    #[arg(long, default_value_t = 1)]
+    pub warmup: usize,
+    /// Counted steps.
+    #[arg(long, default_value_t = 5, alias = "iters", alias = "bm_runs")]
+    pub steps: usize,
+    /// Print one JSON line.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,185 @@
+//! `effdet train`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// Which network.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Preset: d0 … d7x, lite0 … lite4, lite3x (also with the prefix efficientdet-).
+    #[arg(long, short, value_name = "NAME", alias = "model-name", alias = "model_name")]
+    pub model: Option<String>,
+    /// Overrides: `k=v,k2=v2`, or a .toml or .yaml file; keys as in `effdet inspect model --hparams-only`.
+    #[arg(long, value_name = "K=V,…|FILE", default_value = "")]
+    pub hparams: String,
+    /// Network input size: an integer or WxH (width first).
+    #[arg(long, value_name = "SIZE", alias = "image_size")]
+    pub image_size: Option<effdet_model::hparams::ImageSize>,
+    /// Conventions of the weights: seed (NVIDIA) or google (automl).
+    #[arg(long, value_name = "seed|google")]
+    pub profile: Option<String>,
+    /// Class outputs; derived from the data set when not given.
+    #[arg(long, value_name = "N", alias = "num_classes")]
+    pub num_classes: Option<usize>,
+}
+
+/// How to run it.
+#[derive(Debug, Clone, Args)]
+pub struct EngineArgs {
+    /// Threads of the engine; default: all processors.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Instruction set: portable, avx2, avx512, neon; default: the best one here. All give the same bits.
+    #[arg(long, value_name = "ISA")]
+    pub isa: Option<String>,
+}
+
+/// Where the data lies.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SourceArgs {
+    /// Data set folder; COCO, VOC or TFRecord layout is recognised.
+    #[arg(long, short, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Training annotations (COCO JSON).
+    #[arg(long, value_name = "JSON", requires = "train_images")]
+    pub train_json: Option<PathBuf>,
+    /// Folder of the training images.
+    #[arg(long, value_name = "DIR", requires = "train_json")]
+    pub train_images: Option<PathBuf>,
+    /// Evaluation annotations (COCO JSON).
+    #[arg(long, value_name = "JSON", alias = "val-json-file", alias = "val_json_file")]
+    pub val_json: Option<PathBuf>,
+    /// Folder of the evaluation images.
+    #[arg(long, value_name = "DIR")]
+    pub val_images: Option<PathBuf>,
+    /// Training TFRecords (glob).
+    #[arg(long, value_name = "GLOB", alias = "training_file_pattern")]
+    pub training_file_pattern: Option<String>,
+    /// Evaluation TFRecords (glob).
+    #[arg(long, value_name = "GLOB", alias = "val_file_pattern")]
+    pub val_file_pattern: Option<String>,
+    /// Split to evaluate on when the folder has several.
+    #[arg(long, value_name = "NAME", default_value = "val")]
+    pub val_split: String,
+    /// Split to train on when the folder has several.
+    #[arg(long, value_name = "NAME", default_value = "train")]
+    pub train_split: String,
+}
+
+/// Options of `train`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  effdet train
+      quickstart: renders a synthetic data set, trains a small detector in a few minutes, evaluates it, draws its detections
+  effdet train --data shape --image-size 256 --batch-size 8 --epochs 30
+  effdet train --data bccd --model lite0 --backbone-init efficientnet_lite0_imagenet.safetensors
+  effdet train --train-json instances_train2017.json --train-images train2017 \\
+               --val-json instances_val2017.json --val-images val2017
+  effdet train --data shape --run-dir runs/shape --resume
+  effdet train --data mine --pretrained-ckpt runs/coco --freeze '(stem|stack_)'")]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Where checkpoints, logs and pictures go; default: runs/NAME-N, never an existing one.
+    #[arg(long, short = 'o', value_name = "DIR", alias = "model-dir", alias = "model_dir")]
+    pub run_dir: Option<PathBuf>,
+    /// Go on from the newest checkpoint of --run-dir.
+    #[arg(long)]
+    pub resume: bool,
+    /// Images per step.
+    #[arg(long, short, value_name = "N", alias = "batch_size")]
+    pub batch_size: Option<usize>,
+    /// Images per evaluation step.
+    #[arg(long, value_name = "N", alias = "eval_batch_size")]
+    pub eval_batch_size: Option<usize>,
+    /// Micro-batches whose gradients are added up before one update.
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    pub accumulate: usize,
+    /// Length of the schedule in epochs.
+    #[arg(long, value_name = "N", alias = "num-epochs", alias = "num_epochs")]
+    pub epochs: Option<f64>,
+    /// Stop after this many steps in all, wherever the schedule stands.
+    #[arg(long, value_name = "N")]
+    pub max_steps: Option<u64>,
+    /// Samples that make an epoch; default: the data set's size.
+    #[arg(long, value_name = "N", alias = "num_examples_per_epoch")]
+    pub num_examples_per_epoch: Option<u64>,
+    /// Base learning rate.
+    #[arg(long, value_name = "LR")]
+    pub lr: Option<f64>,
+    /// Learning rate of the first step.
+    #[arg(long, value_name = "LR", alias = "warmup_value")]
+    pub warmup_value: Option<f64>,
+    /// Length of the warm-up in epochs.
+    #[arg(long, value_name = "N", alias = "warmup_epochs")]
+    pub warmup_epochs: Option<f64>,
+    /// When to evaluate and to stop: train, traineval or train300, by the reference's rules; default: user's epochs, evaluation by --eval-every.
+    #[arg(long, value_name = "MODE", alias = "training_mode")]
+    pub training_mode: Option<String>,
+    /// Evaluate every N epochs (and at the end); 0 = only at the end.
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<u64>,
+    /// Images to evaluate on, at most.
+    #[arg(long, value_name = "N", alias = "eval_samples")]
+    pub eval_samples: Option<usize>,
+    /// Save every N epochs.
+    #[arg(long, value_name = "N", default_value_t = 1, alias = "checkpoint_period")]
+    pub checkpoint_period: u64,
+    /// Save every N steps as well.
+    #[arg(long, value_name = "N")]
+    pub checkpoint_every_steps: Option<u64>,
+    /// Checkpoints to keep beside the best one.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub keep: usize,
+    /// Start from these weights (run folder, step folder or .safetensors); what does not fit is initialised and listed.
+    #[arg(long, value_name = "PATH", alias = "pretrained_ckpt")]
+    pub pretrained_ckpt: Option<PathBuf>,
+    /// Start the backbone from these weights (.safetensors).
+    #[arg(long, value_name = "FILE", alias = "backbone_init")]
+    pub backbone_init: Option<PathBuf>,
+    /// Do not train variables whose name matches from its start.
+    #[arg(long, value_name = "REGEX", alias = "var_freeze_expr")]
+    pub freeze: Option<String>,
+    /// Stop when this metric has not improved for --patience evaluations: AP, AP50, AP75, APs, APm, APl, AR100.
+    #[arg(long, value_name = "METRIC")]
+    pub early_stop: Option<String>,
+    /// Evaluations without improvement that end the run.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub patience: u64,
+    /// Seed of every random draw.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Loader threads beside the engine's; 0 = load on the training thread.
+    #[arg(long, value_name = "N")]
+    pub workers: Option<usize>,
+    /// Log every N steps.
+    #[arg(long, value_name = "N", default_value_t = 1, alias = "log_steps")]
+    pub log_steps: u64,
+    /// DLLogger file inside the run folder.
+    #[arg(long, value_name = "NAME", default_value = "time_log.txt", alias = "log_filename")]
+    pub log_filename: String,
+    /// A fixed number of steps, no evaluation, then images/s.
+    #[arg(long)]
+    pub benchmark: bool,
+    /// Steps of --benchmark.
+    #[arg(long, value_name = "N", default_value_t = 100, alias = "benchmark_steps")]
+    pub benchmark_steps: u64,
+    /// Train on the first batch over and over.
+    #[arg(long, alias = "use_fake_data")]
+    pub use_fake_data: bool,
+    /// Print the effective configuration and stop.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Half precision; not available on this engine yet, only `false` is accepted.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub amp: Option<bool>,
+    /// Only warnings and the final table.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
