@@ -1,1 +1,9 @@
 //! CPU engine: fused kernels, execution plans and run-time ISA dispatch for EfficientDet.
+//!
+//! Only the kernel modules and the two modules below them ([`pool`], [`arena`]) contain `unsafe` code.
+
+pub mod arena;
+pub mod kernels;
+pub mod math;
+pub mod pool;
+pub mod simd;

@@ -1,0 +1,551 @@
+//! Elementary functions and activations on vectors; the same bits on every instruction set.
+
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "all functions need only the instruction set of `S`, as `Simd` states"
+)]
+
+use crate::simd::Simd;
+
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+/// log₂e minus its f32 value.
+const LOG2_E_LOW: f32 = 1.925_963e-8;
+const LN_2: f32 = std::f32::consts::LN_2;
+/// ln 2 minus its f32 value.
+const LN_2_LOW: f32 = -1.904_654_3e-9;
+
+/// Adding 1.5·2²³ rounds a float to an integer in its lowest bits.
+const ROUNDER: f32 = 12_582_912.0;
+/// The same, with the exponent's bias added to the integer.
+const EXPONENT_ROUNDER: f32 = ROUNDER + 127.0;
+
+/// 2ᶠ for |f| <= ½, relative error 2e-9 before rounding; exactly 1 at 0.
+#[inline(always)]
+unsafe fn exp2_fraction<S: Simd>(f: S::V) -> S::V {
+    // SAFETY: the caller promises the instruction set, here and in all functions of this module.
+    unsafe {
+        let mut p = S::splat(1.534_581_2e-4);
+        for c in [
+            1.339_993e-3,
+            9.618_489e-3,
+            5.550_328_6e-2,
+            2.402_264_6e-1,
+            6.931_472e-1,
+            1.0,
+        ] {
+            p = S::fma(p, f, S::splat(c));
+        }
+        p
+    }
+}
+
+/// eˣ within 2 ulp; 0 below −104, infinite above 88.73, denormals and NaN kept.
+#[inline(always)]
+pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let x = S::min(S::splat(89.0), S::max(S::splat(-104.0), x));
+        let rounder = S::splat(ROUNDER);
+        let n = S::sub(S::fma(x, S::splat(LOG2_E), rounder), rounder);
+        let f = S::fma(x, S::splat(LOG2_E), S::sub(S::zero(), n));
+        let f = S::fma(x, S::splat(LOG2_E_LOW), f);
+        // Two factors, since 2ⁿ alone leaves the normal range at both ends.
+        let bias = S::splat(EXPONENT_ROUNDER);
+        let first = S::fma(n, S::splat(0.5), bias);
+        let second = S::add(S::sub(n, S::sub(first, bias)), bias);
+        let p = S::mul(exp2_fraction::<S>(f), S::shift_to_exponent(first));
+        S::mul(p, S::shift_to_exponent(second))
+    }
+}
+
+/// The logistic function 1/(1 + e⁻ˣ), relative error below 2e-7 + 1.4e-8·|x|; constant beyond ±87.
+#[inline(always)]
+pub unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let x = S::min(S::splat(87.0), S::max(S::splat(-87.0), x));
+        let rounder = S::splat(EXPONENT_ROUNDER);
+        let rounded = S::fnma(x, S::splat(LOG2_E), rounder);
+        let f = S::fnma(x, S::splat(LOG2_E), S::sub(rounder, rounded));
+        let one = S::splat(1.0);
+        S::div(
+            one,
+            S::fma(exp2_fraction::<S>(f), S::shift_to_exponent(rounded), one),
+        )
+    }
+}
+
+/// 2·atanh(s)/s at `y` = s², for 0 <= y <= 1/9.
+#[inline(always)]
+unsafe fn atanh_series<S: Simd>(y: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let mut p = S::splat(2.817_833_4e-1);
+        for c in [2.796_06e-1, 4.002_491e-1, 6.666_631_7e-1, 2.0] {
+            p = S::fma(p, y, S::splat(c));
+        }
+        p
+    }
+}
+
+/// ln(1 + x) for 0 <= x <= 1, within 3 ulp also where x is tiny.
+#[inline(always)]
+pub unsafe fn ln_1p_unit<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let s = S::div(x, S::add(x, S::splat(2.0)));
+        S::mul(s, atanh_series::<S>(S::mul(s, s)))
+    }
+}
+
+/// ln x for finite normal x > 0, within 2 ulp except next to 1, where the absolute error stays below 1e-7.
+#[inline(always)]
+pub unsafe fn ln<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let (m, e) = S::split_exponent(x);
+        let one = S::splat(1.0);
+        let s = S::div(S::sub(m, one), S::add(m, one));
+        let mantissa_part = S::fma(s, atanh_series::<S>(S::mul(s, s)), S::mul(e, S::splat(LN_2_LOW)));
+        S::fma(e, S::splat(LN_2), mantissa_part)
+    }
+}
+
+/// ln(1 + eˣ) as max(x, 0) + ln(1 + e^−|x|): no overflow, and accurate where the result is tiny.
+#[inline(always)]
+pub unsafe fn softplus<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let e = exp::<S>(S::sub(S::zero(), S::abs(x)));
+        S::add(S::max(S::zero(), x), ln_1p_unit::<S>(e))
+    }
+}
+
+/// The activations of EfficientDet's `act_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Act {
+    /// z·σ(z)
+    Swish,
+    /// max(z, 0)
+    Relu,
+    /// min(max(z, 0), 6)
+    Relu6,
+    /// z·relu6(z + 3)/6
+    HSwish,
+    /// z·tanh(softplus(z))
+    Mish,
+    /// z
+    Identity,
+    /// z − ln(βz + 1)/β for z > 0, else 0, with β = 20⁴
+    SRelu,
+}
+
+/// An activation that kernels are compiled for; the marker types are named as the variants of [`Act`].
+pub trait Activation: Copy + Send + Sync + 'static {
+    /// The activation at `z`.
+    unsafe fn value<S: Simd>(z: S::V) -> S::V;
+    /// The activation and its derivative at `z`.
+    unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V);
+}
+
+/// Runs an expression with a type alias bound to the marker type of an [`Act`]:
+/// `with_activation!(act, A => kernel::<A>(..))`.
+macro_rules! with_activation {
+    ($act:expr, $alias:ident => $body:expr) => {{
+        use $crate::math::{Act, activations};
+        match $act {
+            Act::Swish => {
+                type $alias = activations::Swish;
+                $body
+            }
+            Act::Relu => {
+                type $alias = activations::Relu;
+                $body
+            }
+            Act::Relu6 => {
+                type $alias = activations::Relu6;
+                $body
+            }
+            Act::HSwish => {
+                type $alias = activations::HSwish;
+                $body
+            }
+            Act::Mish => {
+                type $alias = activations::Mish;
+                $body
+            }
+            Act::Identity => {
+                type $alias = activations::Identity;
+                $body
+            }
+            Act::SRelu => {
+                type $alias = activations::SRelu;
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use with_activation;
+
+/// Marker types of the activations.
+pub mod activations {
+    use super::{Activation, Simd, exp, ln, sigmoid};
+
+    /// z·σ(z).
+    #[derive(Debug, Clone, Copy)]
+    pub struct Swish;
+    /// max(z, 0).
+    #[derive(Debug, Clone, Copy)]
+    pub struct Relu;
+    /// min(max(z, 0), 6).
+    #[derive(Debug, Clone, Copy)]
+    pub struct Relu6;
+    /// z·relu6(z + 3)/6.
+    #[derive(Debug, Clone, Copy)]
+    pub struct HSwish;
+    /// z·tanh(softplus(z)).
+    #[derive(Debug, Clone, Copy)]
+    pub struct Mish;
+    /// z.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Identity;
+    /// z − ln(βz + 1)/β for z > 0, else 0.
+    #[derive(Debug, Clone, Copy)]
+    pub struct SRelu;
+
+    // SAFETY of all blocks below: the caller promises the instruction set of `S`.
+
+    impl Activation for Swish {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe { S::mul(z, sigmoid::<S>(z)) }
+        }
+        /// One sigmoid serves both: the slope is σ + act·(1 − σ).
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                let s = sigmoid::<S>(z);
+                let act = S::mul(z, s);
+                (act, S::fnma(act, s, S::add(act, s)))
+            }
+        }
+    }
+
+    impl Activation for Relu {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe { S::max(S::zero(), z) }
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                (
+                    Self::value::<S>(z),
+                    S::select_lt(S::zero(), z, S::splat(1.0), S::zero()),
+                )
+            }
+        }
+    }
+
+    impl Activation for Relu6 {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe { S::min(S::splat(6.0), S::max(S::zero(), z)) }
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                let below_six = S::select_lt(z, S::splat(6.0), S::splat(1.0), S::zero());
+                (
+                    Self::value::<S>(z),
+                    S::select_lt(S::zero(), z, below_six, S::zero()),
+                )
+            }
+        }
+    }
+
+    impl Activation for HSwish {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe {
+                let six_relu6 = Relu6::value::<S>(S::add(z, S::splat(3.0)));
+                S::mul(z, S::mul(six_relu6, S::splat(1.0 / 6.0)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                let three = S::splat(3.0);
+                let middle = S::fma(z, S::splat(1.0 / 3.0), S::splat(0.5));
+                let below_three = S::select_lt(z, three, middle, S::splat(1.0));
+                let slope = S::select_lt(S::splat(-3.0), z, below_three, S::zero());
+                (Self::value::<S>(z), slope)
+            }
+        }
+    }
+
+    /// With e = eᶻ and n = e(e + 2): tanh(softplus z) = n/(n + 2). Beyond 20 both are 1 in f32.
+    impl Activation for Mish {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe { Self::value_and_slope::<S>(z).0 }
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                let two = S::splat(2.0);
+                let z = S::max(S::splat(-1e30), z);
+                let e = exp::<S>(S::min(S::splat(20.0), z));
+                let n = S::mul(e, S::add(e, two));
+                let d = S::add(n, two);
+                let tanh = S::div(n, d);
+                // d tanh(softplus z)/dz = 4·e(1 + e)/d², in quotients that stay finite.
+                let change = S::mul(S::div(S::fma(e, e, e), d), S::div(S::splat(4.0), d));
+                (S::mul(z, tanh), S::fma(z, change, tanh))
+            }
+        }
+    }
+
+    impl Activation for Identity {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            z
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe { (z, S::splat(1.0)) }
+        }
+    }
+
+    /// β of the smooth rectifier: 20⁴.
+    const SRELU_BETA: f32 = 160_000.0;
+
+    impl Activation for SRelu {
+        #[inline(always)]
+        unsafe fn value<S: Simd>(z: S::V) -> S::V {
+            // SAFETY: see above.
+            unsafe {
+                let z = S::max(S::zero(), z);
+                let log = ln::<S>(S::fma(z, S::splat(SRELU_BETA), S::splat(1.0)));
+                S::fnma(log, S::splat(1.0 / SRELU_BETA), z)
+            }
+        }
+        #[inline(always)]
+        unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
+            // SAFETY: see above.
+            unsafe {
+                let scaled = S::mul(S::max(S::zero(), z), S::splat(SRELU_BETA));
+                (Self::value::<S>(z), S::div(scaled, S::add(scaled, S::splat(1.0))))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Isa, dispatch};
+
+    #[derive(Clone, Copy)]
+    enum Function {
+        Exp,
+        Sigmoid,
+        Ln,
+        Ln1pUnit,
+        Softplus,
+    }
+
+    #[inline(always)]
+    unsafe fn apply_body<S: Simd>(function: Function, x: &mut [f32]) {
+        for chunk in x.chunks_mut(S::LANES) {
+            let n = chunk.len();
+            // SAFETY: n values are read and written.
+            unsafe {
+                let v = S::load_partial(chunk.as_ptr(), n);
+                let v = match function {
+                    Function::Exp => exp::<S>(v),
+                    Function::Sigmoid => sigmoid::<S>(v),
+                    Function::Ln => ln::<S>(v),
+                    Function::Ln1pUnit => ln_1p_unit::<S>(v),
+                    Function::Softplus => softplus::<S>(v),
+                };
+                S::store_partial(chunk.as_mut_ptr(), v, n);
+            }
+        }
+    }
+    dispatch! { unsafe fn apply(function: Function, x: &mut [f32]) = apply_body; }
+
+    #[inline(always)]
+    unsafe fn activate_body<S: Simd, A: Activation>(z: &[f32]) -> Vec<[f32; 3]> {
+        z.iter()
+            .map(|&z| {
+                // SAFETY: one lane is stored.
+                unsafe {
+                    let mut out = [0.0; 3];
+                    let z = S::splat(z);
+                    let (value, slope) = A::value_and_slope::<S>(z);
+                    S::store_partial(&mut out[0], A::value::<S>(z), 1);
+                    S::store_partial(&mut out[1], value, 1);
+                    S::store_partial(&mut out[2], slope, 1);
+                    out
+                }
+            })
+            .collect()
+    }
+    dispatch! { unsafe fn activate[A: Activation][A](z: &[f32]) -> Vec<[f32; 3]> = activate_body; }
+
+    fn evaluate(isa: Isa, function: Function, x: &[f32]) -> Vec<f32> {
+        let mut out = x.to_vec();
+        // SAFETY: tests pass available instruction sets.
+        unsafe { apply(isa, function, &mut out) };
+        out
+    }
+
+    fn bits(x: &[f32]) -> Vec<u32> {
+        x.iter()
+            .map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() })
+            .collect()
+    }
+
+    fn grid(low: f32, high: f32) -> Vec<f32> {
+        (0..20_011)
+            .map(|i| low + (high - low) * i as f32 / 20_010.0)
+            .collect()
+    }
+
+    /// Largest error of `function` over `x` in units of the last place of the true value.
+    fn largest_ulp(function: Function, x: &[f32], truth: impl Fn(f64) -> f64) -> f64 {
+        let out = evaluate(Isa::detect(), function, x);
+        let error = |(&x, &y): (&f32, &f32)| {
+            let t = truth(f64::from(x));
+            let ulp = f64::from(f32::EPSILON) * 2f64.powi((t.abs().log2().floor() as i32).max(-126));
+            (f64::from(y) - t).abs() / ulp
+        };
+        x.iter().zip(&out).map(error).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn functions_are_accurate_to_three_units_in_the_last_place() {
+        let check = |largest: f64, bound: f64| assert!(largest < bound, "{largest} units, {bound} allowed");
+        check(largest_ulp(Function::Exp, &grid(-87.0, 88.7), f64::exp), 1.5);
+        check(
+            largest_ulp(Function::Ln1pUnit, &grid(0.0, 1.0)[1..], f64::ln_1p),
+            3.0,
+        );
+        check(largest_ulp(Function::Ln, &grid(1.5, 1e5), f64::ln), 2.0);
+        check(largest_ulp(Function::Ln, &grid(1e-6, 0.7), f64::ln), 2.0);
+        check(
+            largest_ulp(Function::Softplus, &grid(-80.0, 80.0), |x| x.exp().ln_1p()),
+            3.0,
+        );
+        assert!(
+            largest_ulp(Function::Sigmoid, &grid(-15.0, 15.0), |x| 1.0
+                / (1.0 + (-x).exp()))
+                < 5.0
+        );
+    }
+
+    #[test]
+    fn functions_have_the_right_limits() {
+        let x = [
+            0.0,
+            -1e30,
+            1e30,
+            f32::NEG_INFINITY,
+            f32::INFINITY,
+            f32::NAN,
+            -103.0,
+        ];
+        for isa in Isa::available() {
+            let out = evaluate(isa, Function::Exp, &x);
+            assert_eq!(out[..5], [1.0, 0.0, f32::INFINITY, 0.0, f32::INFINITY]);
+            assert!(out[5].is_nan());
+            assert_eq!(out[6], (-103f64).exp() as f32, "a denormal");
+            let out = evaluate(isa, Function::Sigmoid, &x);
+            assert_eq!((out[0], out[2], out[4]), (0.5, 1.0, 1.0));
+            assert!(out[1] > 0.0 && out[1] < 2e-38 && out[1] == out[3] && out[5].is_nan());
+            let out = evaluate(isa, Function::Softplus, &x);
+            assert_eq!((out[1], out[2], out[4]), (0.0, 1e30, f32::INFINITY));
+            assert!((out[0] - 2f32.ln()).abs() < 1e-7 && out[5].is_nan());
+        }
+    }
+
+    #[test]
+    fn functions_give_the_same_bits_on_every_instruction_set() {
+        let mut x = grid(-120.0, 120.0);
+        x.extend([0.0, -0.0, 1e30, -1e30, f32::NAN, 1e-40, f32::INFINITY]);
+        for function in [
+            Function::Exp,
+            Function::Sigmoid,
+            Function::Ln,
+            Function::Ln1pUnit,
+            Function::Softplus,
+        ] {
+            let expected = bits(&evaluate(Isa::Portable, function, &x));
+            for isa in Isa::available() {
+                assert_eq!(bits(&evaluate(isa, function, &x)), expected, "{isa}");
+            }
+        }
+    }
+
+    fn truth(act: Act, z: f64) -> f64 {
+        match act {
+            Act::Swish => z / (1.0 + (-z).exp()),
+            Act::Relu => z.max(0.0),
+            Act::Relu6 => z.clamp(0.0, 6.0),
+            Act::HSwish => z * (z + 3.0).clamp(0.0, 6.0) / 6.0,
+            Act::Mish => z * z.exp().ln_1p().tanh(),
+            Act::Identity => z,
+            Act::SRelu => (z - (160_000.0 * z.max(0.0)).ln_1p() / 160_000.0).max(0.0),
+        }
+    }
+
+    #[test]
+    fn activations_and_their_slopes_match_float64() {
+        let acts = [
+            Act::Swish,
+            Act::Relu,
+            Act::Relu6,
+            Act::HSwish,
+            Act::Mish,
+            Act::Identity,
+            Act::SRelu,
+        ];
+        let z: Vec<f32> = (0..2001).map(|i| (i as f32 - 1000.0) * 0.021_3).collect();
+        for act in acts {
+            // SAFETY: only available instruction sets are used.
+            let run = |isa| unsafe { with_activation!(act, A => activate::<A>(isa, &z)) };
+            let expected = run(Isa::Portable);
+            for isa in Isa::available() {
+                assert_eq!(run(isa), expected, "{act:?} on {isa}");
+            }
+            for (&z, &[value, same_value, slope]) in z.iter().zip(&expected) {
+                let (z, h) = (f64::from(z), 1e-6);
+                let (t, numeric) = (truth(act, z), (truth(act, z + h) - truth(act, z - h)) / (2.0 * h));
+                assert_eq!(value, same_value);
+                assert!(
+                    (f64::from(value) - t).abs() < 3e-6 * t.abs() + 1e-8,
+                    "{act:?}({z}) = {value}, {t} expected"
+                );
+                // The kinks have no slope to compare with.
+                let kink = matches!(act, Act::Relu | Act::Relu6 | Act::HSwish | Act::SRelu)
+                    && [-3.0, 0.0, 3.0, 6.0].iter().any(|k| (z - k).abs() < 0.01);
+                assert!(
+                    kink || (f64::from(slope) - numeric).abs() < 3e-6,
+                    "{act:?}'({z}) = {slope}, {numeric} expected"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,312 @@
+//! A fork-join pool of persistent threads.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::fmt;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+use crate::arena::AlignedBuf;
+
+/// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the serial stretch
+/// between two kernels.
+const SPINS_BEFORE_PARKING: u32 = 4_000;
+
+/// How often the caller looks whether the last tasks are done before it gives its time slice away.
+const SPINS_BEFORE_YIELDING: u32 = 2_000;
+
+type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
+
+/// Persistent threads that share the tasks of one job at a time.
+///
+/// Tasks are claimed one by one from a counter, so a thread that the system takes off its core delays only the task it
+/// holds. Which thread runs a task is left to chance; results must depend on the task alone, then they are the same
+/// for any number of threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// Handles for waking, with whether the worker sleeps at index worker − 1 of `Shared::asleep`.
+    handles: Vec<Thread>,
+    /// Held while a job runs.
+    running: Mutex<()>,
+}
+
+struct Shared {
+    /// Job number in the high half, tasks not yet claimed in the low half. One word, so that a worker which slept through
+    /// the end of a job cannot claim a task of the next one with the old job's closure.
+    state: AtomicU64,
+    tasks: AtomicUsize,
+    unfinished: AtomicUsize,
+    /// Points to the `Job` of the running job, which lives on the caller's stack until `unfinished` is 0.
+    job: AtomicPtr<()>,
+    stop: AtomicBool,
+    asleep: Vec<AtomicBool>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    scratch: Vec<Scratch>,
+}
+
+struct Scratch(UnsafeCell<AlignedBuf>);
+
+// SAFETY: `Pool::scratch` hands a worker's buffer only to the task that runs on that worker.
+unsafe impl Sync for Scratch {}
+
+thread_local! {
+    static IN_TASK: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the calling one among them; 0 counts as 1.
+    pub fn new(threads: usize) -> Self {
+        let threads = threads.max(1);
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            tasks: AtomicUsize::new(0),
+            unfinished: AtomicUsize::new(0),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            stop: AtomicBool::new(false),
+            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            panic: Mutex::new(None),
+            scratch: (0..threads)
+                .map(|_| Scratch(UnsafeCell::new(AlignedBuf::default())))
+                .collect(),
+        });
+        let spawned: Vec<_> = (1..threads)
+            .map(|worker| {
+                let shared = Arc::clone(&shared);
+                thread::Builder::new()
+                    .name(format!("effdet-cpu-{worker}"))
+                    .spawn(move || shared.work(worker))
+                    .expect("the system can start a thread per core")
+            })
+            .collect();
+        let handles = spawned.iter().map(|handle| handle.thread().clone()).collect();
+        Self {
+            shared,
+            threads: spawned,
+            handles,
+            running: Mutex::new(()),
+        }
+    }
+
+    /// Number of threads, the calling one included.
+    pub fn threads(&self) -> usize {
+        self.shared.scratch.len()
+    }
+
+    /// Calls `f(task, worker)` for every task below `tasks` and returns when all are done.
+    ///
+    /// `worker` is below [`threads`](Self::threads) and names the thread that runs the task. Tasks start in ascending order.
+    ///
+    /// # Panics
+    /// When called from inside a task, and with a task's own panic once all tasks are done.
+    pub fn run(&self, tasks: usize, f: Job<'_>) {
+        assert!(!IN_TASK.get(), "a task must not start another job on the pool");
+        // A poisoned lock only says that a task panicked before.
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &*self.shared;
+        if tasks == 0 {
+            return;
+        }
+        assert!(u32::try_from(tasks).is_ok(), "fewer than 2^32 tasks");
+        let job: Job<'_> = f;
+        shared.tasks.store(tasks, Ordering::Relaxed);
+        shared.unfinished.store(tasks, Ordering::Relaxed);
+        shared
+            .job
+            .store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
+        let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) & u64::from(u32::MAX);
+        // SeqCst pairs with the worker's "mark asleep, then look once more".
+        shared.state.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        for (asleep, handle) in shared.asleep.iter().zip(&self.handles).take(tasks - 1) {
+            if asleep.load(Ordering::SeqCst) {
+                handle.unpark();
+            }
+        }
+        shared.run_tasks(0);
+        let mut spins = 0;
+        while shared.unfinished.load(Ordering::Acquire) > 0 {
+            spins += 1;
+            if spins < SPINS_BEFORE_YIELDING {
+                std::hint::spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
+    }
+
+    /// At least `len` values of scratch memory that belong to `worker`, their content whatever the last task left.
+    ///
+    /// # Safety
+    /// Call it only inside a task with that task's own `worker`, and drop the slice before calling it again.
+    #[allow(clippy::mut_from_ref, reason = "each worker has its own buffer")]
+    pub unsafe fn scratch(&self, worker: usize, len: usize) -> &mut [f32] {
+        // SAFETY: one task at a time runs on a worker, and it holds no other borrow by the caller's promise.
+        let buffer = unsafe { &mut *self.shared.scratch[worker].0.get() };
+        buffer.grow(len);
+        buffer
+    }
+}
+
+impl Shared {
+    /// Claims and runs tasks until none is left to claim.
+    fn run_tasks(&self, worker: usize) {
+        let mut state = self.state.load(Ordering::Acquire);
+        loop {
+            let left = state & u64::from(u32::MAX);
+            if left == 0 {
+                return;
+            }
+            if let Err(seen) =
+                self.state
+                    .compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Acquire)
+            {
+                state = seen;
+                continue;
+            }
+            // The claimed task keeps its job alive, so these belong to it.
+            let task = self.tasks.load(Ordering::Relaxed) - left as usize;
+            // SAFETY: `run` does not return, and its `job` lives, before this task is counted as finished.
+            let job: Job<'_> = unsafe { *self.job.load(Ordering::Relaxed).cast::<Job<'_>>() };
+            IN_TASK.set(true);
+            let result = catch_unwind(AssertUnwindSafe(|| job(task, worker)));
+            IN_TASK.set(false);
+            fence_streaming_stores();
+            if let Err(payload) = result {
+                self.panic
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(payload);
+            }
+            self.unfinished.fetch_sub(1, Ordering::Release);
+            state = self.state.load(Ordering::Acquire);
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.state.load(Ordering::SeqCst) & u64::from(u32::MAX) != 0 || self.stop.load(Ordering::SeqCst)
+    }
+
+    fn work(&self, worker: usize) {
+        let asleep = &self.asleep[worker - 1];
+        let mut spins = 0;
+        while !self.stop.load(Ordering::Acquire) {
+            if self.state.load(Ordering::Relaxed) & u64::from(u32::MAX) != 0 {
+                self.run_tasks(worker);
+                spins = 0;
+            } else if spins < SPINS_BEFORE_PARKING {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                asleep.store(true, Ordering::SeqCst);
+                while !self.has_work() {
+                    thread::park();
+                }
+                asleep.store(false, Ordering::Relaxed);
+                spins = 0;
+            }
+        }
+    }
+}
+
+/// Orders non-temporal stores before the atomic that reports a task as finished; they are exempt from the usual order.
+fn fence_streaming_stores() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for thread in mem::take(&mut self.threads) {
+            thread.thread().unpark();
+            // Tasks' panics are caught, so a worker ends normally.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("threads", &self.threads())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_number_of_threads() {
+        for threads in [0, 1, 2, 3, 5] {
+            let pool = Pool::new(threads);
+            for tasks in [0, 1, 2, 7, 100] {
+                for _ in 0..50 {
+                    let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                    pool.run(tasks, &|task, worker| {
+                        assert!(worker < pool.threads());
+                        counts[task].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake_for_the_next_job() {
+        let pool = Pool::new(3);
+        for _ in 0..5 {
+            thread::sleep(std::time::Duration::from_millis(3));
+            let sum = AtomicUsize::new(0);
+            pool.run(10, &|task, _| {
+                sum.fetch_add(task, Ordering::Relaxed);
+            });
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_leaves_the_pool_usable() {
+        let pool = Pool::new(2);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(8, &|task, _| assert!(task != 5, "task five"));
+        }));
+        assert_eq!(caught.unwrap_err().downcast_ref::<&str>(), Some(&"task five"));
+        let count = AtomicUsize::new(0);
+        pool.run(4, &|_, _| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 4);
+    }
+
+    #[test]
+    #[should_panic(expected = "must not start another job")]
+    fn a_job_inside_a_task_is_refused() {
+        let pool = Pool::new(1);
+        pool.run(1, &|_, _| pool.run(1, &|_, _| ()));
+    }
+
+    #[test]
+    fn scratch_memory_grows_on_demand_and_is_separate_per_worker() {
+        let pool = Pool::new(2);
+        pool.run(20, &|task, worker| {
+            // SAFETY: inside the task, with its worker, one slice at a time.
+            let scratch = unsafe { pool.scratch(worker, 64 + task) };
+            scratch[..64].fill(task as f32);
+            thread::yield_now();
+            assert!(scratch[..64].iter().all(|&x| x == task as f32));
+        });
+    }
+}

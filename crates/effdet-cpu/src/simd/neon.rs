@@ -1,0 +1,121 @@
+//! AArch64 Advanced SIMD.
+
+use std::arch::aarch64::*;
+
+use super::{SQRT_HALF_BITS, Simd};
+
+/// 4 lanes: AArch64 Advanced SIMD.
+#[derive(Debug, Clone, Copy)]
+pub struct Neon;
+
+/// Writes the methods that are one intrinsic each; the instruction set is part of every AArch64 target with `std`.
+macro_rules! direct {
+    ($($name:ident($($arg:ident),*) = $intrinsic:ident;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: Self::V),*) -> Self::V {
+            // SAFETY: the caller promises that the instruction set is available.
+            unsafe { $intrinsic($($arg),*) }
+        }
+    )*};
+}
+
+impl Simd for Neon {
+    type V = float32x4_t;
+    const LANES: usize = 4;
+
+    direct! {
+        add(a, b) = vaddq_f32;
+        sub(a, b) = vsubq_f32;
+        mul(a, b) = vmulq_f32;
+        div(a, b) = vdivq_f32;
+        sqrt(a) = vsqrtq_f32;
+        abs(a) = vabsq_f32;
+        floor(a) = vrndmq_f32;
+    }
+    #[inline(always)]
+    unsafe fn zero() -> Self::V {
+        // SAFETY: available by the caller's promise.
+        unsafe { vdupq_n_f32(0.0) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vdupq_n_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(source: *const f32) -> Self::V {
+        // SAFETY: the caller promises 4 readable values.
+        unsafe { vld1q_f32(source) }
+    }
+    #[inline(always)]
+    unsafe fn store(target: *mut f32, v: Self::V) {
+        // SAFETY: the caller promises 4 writable values.
+        unsafe { vst1q_f32(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(source: *const f32, n: usize) -> Self::V {
+        let mut lanes = [0.0f32; 4];
+        // SAFETY: only n <= 4 values are read.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source, lanes.as_mut_ptr(), n);
+            vld1q_f32(lanes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(target: *mut f32, v: Self::V, n: usize) {
+        let mut lanes = [0.0f32; 4];
+        // SAFETY: only n <= 4 values are written.
+        unsafe {
+            vst1q_f32(lanes.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), target, n);
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(target: *mut f32, v: Self::V) {
+        // SAFETY: as for `store`; there is no non-temporal store intrinsic here.
+        unsafe { vst1q_f32(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_address: *const f32) {}
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: available by the caller's promise.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fnma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vfmsq_f32(c, a, b) }
+    }
+    // FMIN and FMAX treat NaN and signed zeros differently from x86, hence compare and select.
+    #[inline(always)]
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+    }
+    #[inline(always)]
+    unsafe fn select_lt(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vbslq_f32(vcltq_f32(a, b), yes, no) }
+    }
+    #[inline(always)]
+    unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vreinterpretq_s32_f32(a))) }
+    }
+    #[inline(always)]
+    unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
+        // SAFETY: as above.
+        unsafe {
+            let bits = vreinterpretq_s32_f32(a);
+            let exponent = vshrq_n_s32::<23>(vsubq_s32(bits, vdupq_n_s32(SQRT_HALF_BITS)));
+            let mantissa = vsubq_s32(bits, vshlq_n_s32::<23>(exponent));
+            (vreinterpretq_f32_s32(mantissa), vcvtq_f32_s32(exponent))
+        }
+    }
+}

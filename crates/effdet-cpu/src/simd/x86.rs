@@ -1,0 +1,198 @@
+//! AVX2 with FMA, and AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::{SQRT_HALF_BITS, Simd};
+
+/// 8 lanes: AVX2 and FMA.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx2;
+
+/// 16 lanes: AVX-512 F, VL, DQ and BW.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512;
+
+/// Eight ones and eight zeros: the mask for n lanes starts at 8 − n.
+static MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+#[inline(always)]
+unsafe fn mask_8(n: usize) -> __m256i {
+    debug_assert!(n <= 8);
+    // SAFETY: 8 − n + 8 <= 16 values.
+    unsafe { _mm256_loadu_si256(MASK.as_ptr().add(8 - n).cast()) }
+}
+
+#[inline(always)]
+fn mask_16(n: usize) -> __mmask16 {
+    debug_assert!(n <= 16);
+    ((1u32 << n) - 1) as __mmask16
+}
+
+/// Writes the methods that are one intrinsic each.
+macro_rules! direct {
+    ($($name:ident($($arg:ident),*) = $intrinsic:ident;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: Self::V),*) -> Self::V {
+            // SAFETY: the caller promises that the instruction set is available.
+            unsafe { $intrinsic($($arg),*) }
+        }
+    )*};
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+
+    direct! {
+        zero() = _mm256_setzero_ps;
+        add(a, b) = _mm256_add_ps;
+        sub(a, b) = _mm256_sub_ps;
+        mul(a, b) = _mm256_mul_ps;
+        div(a, b) = _mm256_div_ps;
+        sqrt(a) = _mm256_sqrt_ps;
+        fma(a, b, c) = _mm256_fmadd_ps;
+        fnma(a, b, c) = _mm256_fnmadd_ps;
+        min(a, b) = _mm256_min_ps;
+        max(a, b) = _mm256_max_ps;
+        floor(a) = _mm256_floor_ps;
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: needs AVX only.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(source: *const f32) -> Self::V {
+        // SAFETY: the caller promises 8 readable values.
+        unsafe { _mm256_loadu_ps(source) }
+    }
+    #[inline(always)]
+    unsafe fn store(target: *mut f32, v: Self::V) {
+        // SAFETY: the caller promises 8 writable values.
+        unsafe { _mm256_storeu_ps(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(source: *const f32, n: usize) -> Self::V {
+        // SAFETY: masked lanes are not accessed.
+        unsafe { _mm256_maskload_ps(source, mask_8(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(target: *mut f32, v: Self::V, n: usize) {
+        // SAFETY: masked lanes are not accessed.
+        unsafe { _mm256_maskstore_ps(target, mask_8(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn stream(target: *mut f32, v: Self::V) {
+        // SAFETY: the caller promises 8 writable values, aligned.
+        unsafe { _mm256_stream_ps(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(address: *const f32) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn abs(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX only.
+        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+    }
+    #[inline(always)]
+    unsafe fn select_lt(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        // SAFETY: needs AVX only.
+        unsafe { _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX2 only.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))) }
+    }
+    #[inline(always)]
+    unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
+        // SAFETY: needs AVX2 only.
+        unsafe {
+            let bits = _mm256_castps_si256(a);
+            let exponent = _mm256_srai_epi32::<23>(_mm256_sub_epi32(bits, _mm256_set1_epi32(SQRT_HALF_BITS)));
+            let mantissa = _mm256_sub_epi32(bits, _mm256_slli_epi32::<23>(exponent));
+            (_mm256_castsi256_ps(mantissa), _mm256_cvtepi32_ps(exponent))
+        }
+    }
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+
+    direct! {
+        zero() = _mm512_setzero_ps;
+        add(a, b) = _mm512_add_ps;
+        sub(a, b) = _mm512_sub_ps;
+        mul(a, b) = _mm512_mul_ps;
+        div(a, b) = _mm512_div_ps;
+        sqrt(a) = _mm512_sqrt_ps;
+        fma(a, b, c) = _mm512_fmadd_ps;
+        fnma(a, b, c) = _mm512_fnmadd_ps;
+        min(a, b) = _mm512_min_ps;
+        max(a, b) = _mm512_max_ps;
+        abs(a) = _mm512_abs_ps;
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: needs AVX-512 F only.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(source: *const f32) -> Self::V {
+        // SAFETY: the caller promises 16 readable values.
+        unsafe { _mm512_loadu_ps(source) }
+    }
+    #[inline(always)]
+    unsafe fn store(target: *mut f32, v: Self::V) {
+        // SAFETY: the caller promises 16 writable values.
+        unsafe { _mm512_storeu_ps(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(source: *const f32, n: usize) -> Self::V {
+        // SAFETY: masked lanes are not accessed.
+        unsafe { _mm512_maskz_loadu_ps(mask_16(n), source) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(target: *mut f32, v: Self::V, n: usize) {
+        // SAFETY: masked lanes are not accessed.
+        unsafe { _mm512_mask_storeu_ps(target, mask_16(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn stream(target: *mut f32, v: Self::V) {
+        // SAFETY: the caller promises 16 writable values, aligned.
+        unsafe { _mm512_stream_ps(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(address: *const f32) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn floor(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 F only.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    unsafe fn select_lt(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 F only.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) }
+    }
+    #[inline(always)]
+    unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 F only.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))) }
+    }
+    #[inline(always)]
+    unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
+        // SAFETY: needs AVX-512 F only.
+        unsafe {
+            let bits = _mm512_castps_si512(a);
+            let exponent = _mm512_srai_epi32::<23>(_mm512_sub_epi32(bits, _mm512_set1_epi32(SQRT_HALF_BITS)));
+            let mantissa = _mm512_sub_epi32(bits, _mm512_slli_epi32::<23>(exponent));
+            (_mm512_castsi512_ps(mantissa), _mm512_cvtepi32_ps(exponent))
+        }
+    }
+}
