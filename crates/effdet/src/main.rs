@@ -3,6 +3,7 @@
 
 mod cli;
 mod commands;
+mod draw;
 
 use std::process::ExitCode;
 

@@ -36,10 +36,20 @@ Examples:
         #[command(flatten)]
         source: SourceArgs,
         /// Folder of the images (the reference's flag).
-        #[arg(long, value_name = "DIR", alias = "image_dir", requires = "object_annotations_file")]
+        #[arg(
+            long,
+            value_name = "DIR",
+            alias = "image_dir",
+            requires = "object_annotations_file"
+        )]
         image_dir: Option<PathBuf>,
         /// Instances JSON (the reference's flag).
-        #[arg(long, value_name = "JSON", alias = "object_annotations_file", requires = "image_dir")]
+        #[arg(
+            long,
+            value_name = "JSON",
+            alias = "object_annotations_file",
+            requires = "image_dir"
+        )]
         object_annotations_file: Option<PathBuf>,
         /// Captions JSON; has no boxes, so it is refused with an explanation.
         #[arg(long, value_name = "JSON", alias = "caption_annotations_file", hide = true)]
@@ -48,7 +58,13 @@ Examples:
         #[arg(long, value_name = "FORMAT", default_value = "tfrecord")]
         to: ConvertFormat,
         /// Prefix of the shards, or folder of the COCO copy.
-        #[arg(long, short, value_name = "PREFIX", alias = "output-file-prefix", alias = "output_file_prefix")]
+        #[arg(
+            long,
+            short,
+            value_name = "PREFIX",
+            alias = "output-file-prefix",
+            alias = "output_file_prefix"
+        )]
         output: PathBuf,
         /// Shards.
         #[arg(long, value_name = "N", default_value_t = 32, alias = "num_shards")]

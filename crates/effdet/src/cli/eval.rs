@@ -15,7 +15,14 @@ Examples:
   effdet eval --results detections.json --ground-truth instances_val2017.json --json")]
 pub struct EvalArgs {
     /// Run folder (its newest checkpoint) or step folder.
-    #[arg(long, short, value_name = "PATH", alias = "ckpt-path", alias = "ckpt_path", conflicts_with = "results")]
+    #[arg(
+        long,
+        short,
+        value_name = "PATH",
+        alias = "ckpt-path",
+        alias = "ckpt_path",
+        conflicts_with = "results"
+    )]
     pub checkpoint: Option<PathBuf>,
     /// Detections to score, COCO results JSON; no model is run.
     #[arg(long, value_name = "JSON", requires = "ground_truth")]

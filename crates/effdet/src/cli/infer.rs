@@ -24,13 +24,31 @@ pub struct InferArgs {
     #[arg(long, value_name = "IMAGE", alias = "image_path", hide = true)]
     pub image_path: Option<String>,
     /// Where annotated images and detections.json go.
-    #[arg(long, short, value_name = "DIR", default_value = "detections", alias = "output_dir")]
+    #[arg(
+        long,
+        short,
+        value_name = "DIR",
+        default_value = "detections",
+        alias = "output_dir"
+    )]
     pub output_dir: PathBuf,
     /// Draw and report detections above this score.
-    #[arg(long, value_name = "S", default_value_t = 0.4, alias = "min-score-thresh", alias = "min_score_thresh")]
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = 0.4,
+        alias = "min-score-thresh",
+        alias = "min_score_thresh"
+    )]
     pub score_threshold: f32,
     /// Detections per image, at most.
-    #[arg(long, value_name = "N", default_value_t = 100, alias = "max-boxes-to-draw", alias = "max_boxes_to_draw")]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 100,
+        alias = "max-boxes-to-draw",
+        alias = "max_boxes_to_draw"
+    )]
     pub max_detections: usize,
     /// NMS method: gaussian, linear, hard, diou.
     #[arg(long, value_name = "METHOD", alias = "nms_method")]

@@ -87,7 +87,13 @@ pub struct TrainArgs {
     #[command(flatten)]
     pub engine: EngineArgs,
     /// Where checkpoints, logs and pictures go; default: runs/NAME-N, never an existing one.
-    #[arg(long, short = 'o', value_name = "DIR", alias = "model-dir", alias = "model_dir")]
+    #[arg(
+        long,
+        short = 'o',
+        value_name = "DIR",
+        alias = "model-dir",
+        alias = "model_dir"
+    )]
     pub run_dir: Option<PathBuf>,
     /// Go on from the newest checkpoint of --run-dir.
     #[arg(long)]
@@ -162,7 +168,12 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1, alias = "log_steps")]
     pub log_steps: u64,
     /// DLLogger file inside the run folder.
-    #[arg(long, value_name = "NAME", default_value = "time_log.txt", alias = "log_filename")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "time_log.txt",
+        alias = "log_filename"
+    )]
     pub log_filename: String,
     /// A fixed number of steps, no evaluation, then images/s.
     #[arg(long)]

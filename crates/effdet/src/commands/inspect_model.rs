@@ -14,13 +14,20 @@ pub fn run(args: &ModelArgs, variables: bool, hparams_only: bool, as_json: bool)
     let hparams = resolve_hparams(args, "d0")?;
     let mut out = std::io::stdout().lock();
     if hparams_only {
-        let text = if as_json { serde_json::to_string_pretty(&hparams)? } else { toml::to_string(&hparams)? };
+        let text = if as_json {
+            serde_json::to_string_pretty(&hparams)?
+        } else {
+            toml::to_string(&hparams)?
+        };
         writeln!(out, "{}", text.trim_end())?;
         return Ok(());
     }
     let network = Network::new(&hparams)?;
     let costs = network.stage_costs();
-    let (trainable, statistics) = (network.variables.trainable_len(), network.variables.statistics_len());
+    let (trainable, statistics) = (
+        network.variables.trainable_len(),
+        network.variables.statistics_len(),
+    );
     let macs: u64 = costs.iter().map(|cost| cost.macs).sum();
     if as_json {
         let stages: Vec<_> = costs
@@ -32,7 +39,9 @@ pub fn run(args: &ModelArgs, variables: bool, hparams_only: bool, as_json: bool)
             .collect();
         let table: Vec<_> = (network.variables.iter())
             .filter(|_| variables)
-            .map(|v| json!({"name": v.name, "shape": v.shape, "trainable": v.kind == VariableKind::Trainable}))
+            .map(
+                |v| json!({"name": v.name, "shape": v.shape, "trainable": v.kind == VariableKind::Trainable}),
+            )
             .collect();
         let summary = json!({
             "model": hparams.name, "profile": hparams.profile, "image_size": hparams.image_size,
@@ -43,7 +52,11 @@ pub fn run(args: &ModelArgs, variables: bool, hparams_only: bool, as_json: bool)
         return Ok(());
     }
     if variables {
-        writeln!(out, "{:>4}  {:<62} {:>16} {:>8}  kind", "#", "name", "shape", "values")?;
+        writeln!(
+            out,
+            "{:>4}  {:<62} {:>16} {:>8}  kind",
+            "#", "name", "shape", "values"
+        )?;
         for (index, variable) in network.variables.iter().enumerate() {
             let shape = match variable.shape.as_slice() {
                 [] => "scalar".to_owned(),
@@ -53,18 +66,38 @@ pub fn run(args: &ModelArgs, variables: bool, hparams_only: bool, as_json: bool)
                 VariableKind::Trainable => "trainable",
                 VariableKind::Statistic => "statistic",
             };
-            writeln!(out, "{index:>4}  {:<62} {shape:>16} {:>8}  {kind}", variable.name, variable.len)?;
+            writeln!(
+                out,
+                "{index:>4}  {:<62} {shape:>16} {:>8}  {kind}",
+                variable.name, variable.len
+            )?;
         }
     } else {
-        writeln!(out, "{:<24} {:>16} {:>12} {:>10} {:>12}", "stage", "output", "trainable", "statistics", "MMAC")?;
+        writeln!(
+            out,
+            "{:<24} {:>16} {:>12} {:>10} {:>12}",
+            "stage", "output", "trainable", "statistics", "MMAC"
+        )?;
         for cost in &costs {
-            let output = format!("{}x{}x{}", cost.output.height, cost.output.width, cost.out_channels);
+            let output = format!(
+                "{}x{}x{}",
+                cost.output.height, cost.output.width, cost.out_channels
+            );
             let mmac = cost.macs as f64 / 1e6;
-            writeln!(out, "{:<24} {output:>16} {:>12} {:>10} {mmac:>12.2}", cost.name, cost.trainable, cost.statistics)?;
+            writeln!(
+                out,
+                "{:<24} {output:>16} {:>12} {:>10} {mmac:>12.2}",
+                cost.name, cost.trainable, cost.statistics
+            )?;
         }
     }
     let share = |group: StageGroup| {
-        costs.iter().filter(|c| c.group == group).map(|c| c.macs).sum::<u64>() as f64 / 1e9
+        costs
+            .iter()
+            .filter(|c| c.group == group)
+            .map(|c| c.macs)
+            .sum::<u64>() as f64
+            / 1e9
     };
     writeln!(
         out,

@@ -14,7 +14,12 @@ use crate::cli::{Cli, Command, InspectCommand};
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Inspect(args) => match args.command {
-            InspectCommand::Model { model, variables, hparams_only, json } => {
+            InspectCommand::Model {
+                model,
+                variables,
+                hparams_only,
+                json,
+            } => {
                 inspect_model::run(&model, variables, hparams_only, json)?;
             }
             _ => anyhow::bail!("not wired yet"),

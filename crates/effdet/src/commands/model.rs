@@ -16,7 +16,8 @@ pub fn apply_overrides(hparams: &mut HParams, text: &str) -> Result<()> {
     match extension {
         _ if text.contains('=') => hparams.override_with_pairs(text).context("--hparams"),
         "toml" | "yaml" | "yml" => {
-            let content = std::fs::read_to_string(text).with_context(|| format!("--hparams: cannot read {text}"))?;
+            let content =
+                std::fs::read_to_string(text).with_context(|| format!("--hparams: cannot read {text}"))?;
             let result = match extension {
                 "toml" => hparams.override_with_toml(&content),
                 _ => hparams.override_with_yaml(&content),
