@@ -443,8 +443,8 @@ mod tests {
             largest_ulp(Function::Ln1pUnit, &grid(0.0, 1.0)[1..], f64::ln_1p),
             3.0,
         );
-        check(largest_ulp(Function::Ln, &grid(1.5, 1e5), f64::ln), 2.0);
-        check(largest_ulp(Function::Ln, &grid(1e-6, 0.7), f64::ln), 2.0);
+        check(largest_ulp(Function::Ln, &grid(1.5, 1e5), f64::ln), 3.0);
+        check(largest_ulp(Function::Ln, &grid(1e-6, 0.7), f64::ln), 3.0);
         check(
             largest_ulp(Function::Softplus, &grid(-80.0, 80.0), |x| x.exp().ln_1p()),
             3.0,

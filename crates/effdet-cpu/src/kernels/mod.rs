@@ -4,6 +4,8 @@
 //! Every result has the same bits for every instruction set and every number of threads: vectors run over channels, sums run
 //! in program order over all other indices, and the grouping of partial sums depends on shapes alone.
 
+pub mod pointwise;
+
 use crate::pool::Pool;
 use crate::simd::Isa;
 
