@@ -4,6 +4,7 @@
 mod cli;
 mod commands;
 mod draw;
+mod npy;
 
 use std::process::ExitCode;
 
