@@ -125,8 +125,16 @@ unsafe impl Send for AlignedBuf {}
 unsafe impl Sync for AlignedBuf {}
 
 /// A raw pointer to f32 that tasks of a pool may share; they must write disjoint parts.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct SharedPtr<T>(*mut T);
+
+impl<T> Clone for SharedPtr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SharedPtr<T> {}
 
 impl<T> SharedPtr<T> {
     pub(crate) fn new(values: &mut [T]) -> Self {

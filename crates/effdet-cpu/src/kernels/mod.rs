@@ -4,8 +4,14 @@
 //! Every result has the same bits for every instruction set and every number of threads: vectors run over channels, sums run
 //! in program order over all other indices, and the grouping of partial sums depends on shapes alone.
 
+pub(crate) mod gemm;
 pub mod pointwise;
+pub(crate) mod row_plan;
+pub(crate) mod row_sweeps;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::arena::AlignedBuf;
 use crate::pool::Pool;
 use crate::simd::Isa;
 
@@ -14,6 +20,30 @@ use crate::simd::Isa;
 pub struct Executor {
     pool: Pool,
     isa: Isa,
+    workspace: Mutex<Workspace>,
+}
+
+/// Partial results of the tasks of one kernel call, kept between calls for their memory.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
+    floats: AlignedBuf,
+    totals: Vec<f64>,
+}
+
+impl Workspace {
+    /// `floats` values and `totals` totals, whatever they hold.
+    pub(crate) fn both(&mut self, floats: usize, totals: usize) -> (&mut [f32], &mut [f64]) {
+        self.floats.grow(floats);
+        if self.totals.len() < totals {
+            self.totals.resize(totals, 0.0);
+        }
+        (&mut self.floats[..floats], &mut self.totals[..totals])
+    }
+
+    /// `len` totals, whatever they hold.
+    pub(crate) fn totals(&mut self, len: usize) -> &mut [f64] {
+        self.both(0, len).1
+    }
 }
 
 impl Executor {
@@ -29,12 +59,18 @@ impl Executor {
         Self {
             pool: Pool::new(threads),
             isa,
+            workspace: Mutex::default(),
         }
     }
 
     /// The threads.
     pub fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    pub(crate) fn workspace(&self) -> MutexGuard<'_, Workspace> {
+        // A poisoned lock only says that a task panicked; the content is overwritten anyway.
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The instruction set, available on this processor.

@@ -8,76 +8,42 @@
 //! Backward, `dX = dY·Wᵀ` and `dW = Aᵀ·dY`. dY is formed block by block from what is stored ([`OutputGradient`]) and feeds
 //! both products; what the layer below needs is summed in the same pass ([`InputGradient`], [`BackwardActivated`]).
 
+use std::marker::PhantomData;
+
 use super::Executor;
-use crate::arena::AlignedBuf;
-use crate::math::Act;
+use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, padded, scratch_stride};
+use super::row_plan::{BLOCK_ROWS, RowBlock, RowTask};
+use super::row_sweeps::{
+    ACTIVATION_SUMS, Activate, ActivateBackward, ColumnSums, FinishGradient, FormGradient, Normalize,
+    ReducePartials, flush, sweep,
+};
+use crate::arena::{ALIGNMENT, AlignedBuf, Bump, SharedPtr};
+use crate::math::{Act, with_activation};
+use crate::simd::Isa;
 
-/// Consecutive rows of one image and one batch-norm group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// Number of rows (pixels).
-    pub rows: usize,
-    /// Index of the image.
-    pub image: usize,
-    /// Index of the group that batch norm takes its statistics over: 0 in the backbone, the level in the heads. Segments of
-    /// a group are consecutive and groups ascend.
-    pub group: usize,
+pub use super::row_plan::{RowPlan, Segment};
+
+/// Most tasks of a forward pass: enough to balance many threads.
+const FORWARD_TASKS: usize = 64;
+
+/// Fewest and most tasks of a backward pass, each with its own partial dW, and how many values these may hold together.
+const BACKWARD_TASKS: (usize, usize) = (4, 32);
+const PARTIAL_VALUES: usize = 2 << 20;
+
+/// Most columns of the left operand that are formed at a time.
+const SLAB_COLUMNS: usize = 240;
+
+/// Columns per slab where an operand has `columns`: equal slabs, whole panels.
+fn slab_columns(columns: usize) -> usize {
+    padded(columns.div_ceil(columns.div_ceil(SLAB_COLUMNS).max(1)).max(1))
 }
 
-/// How the rows of a tensor are cut into blocks and tasks; a function of the shapes alone.
-#[derive(Debug, Clone)]
-pub struct RowPlan {
-    rows: usize,
-}
-
-impl RowPlan {
-    /// The plan for rows laid out as `segments`, one after the other.
-    ///
-    /// # Panics
-    /// When groups do not ascend from 0 without gaps.
-    pub fn new(segments: &[Segment]) -> Self {
-        Self {
-            rows: segments.iter().map(|s| s.rows).sum(),
-        }
-    }
-
-    /// The plan for `[images, rows_per_image, channels]`, all in group 0.
-    pub fn images(images: usize, rows_per_image: usize) -> Self {
-        let segment = |image| Segment {
-            rows: rows_per_image,
-            image,
-            group: 0,
-        };
-        Self::new(&(0..images).map(segment).collect::<Vec<_>>())
-    }
-
-    /// The plan for tensors of several levels one after the other, each `[images, rows_per_level[level], channels]`; a group
-    /// per level.
-    pub fn levels(images: usize, rows_per_level: &[usize]) -> Self {
-        let level = |(group, &rows)| (0..images).map(move |image| Segment { rows, image, group });
-        Self::new(
-            &rows_per_level
-                .iter()
-                .enumerate()
-                .flat_map(level)
-                .collect::<Vec<_>>(),
-        )
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of images: one more than the largest index.
-    pub fn image_count(&self) -> usize {
-        todo!()
-    }
-
-    /// Number of groups.
-    pub fn group_count(&self) -> usize {
-        todo!()
-    }
+/// The slabs of an operand: first column and number of columns.
+fn slabs(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    let width = slab_columns(columns);
+    (0..columns)
+        .step_by(width)
+        .map(move |first| (first, width.min(columns - first)))
 }
 
 /// The weights of a pointwise convolution in the layouts the kernels read.
@@ -109,6 +75,21 @@ impl PackedWeights {
     pub fn outputs(&self) -> usize {
         self.outputs
     }
+
+    fn check_forward(&self) {
+        assert!(
+            self.forward.len() >= gemm::packed_len(self.inputs, self.outputs),
+            "weights are not packed"
+        );
+    }
+
+    fn check_backward(&self) {
+        let len = gemm::packed_len(self.outputs, self.inputs);
+        assert!(
+            self.backward.len() >= len,
+            "weights are not packed for the backward pass"
+        );
+    }
 }
 
 /// What [`pack`] is to prepare.
@@ -128,8 +109,24 @@ pub enum Packing {
 /// # Panics
 /// When a source has another size.
 pub fn pack(executor: &Executor, packing: Packing, layers: &mut [(&mut PackedWeights, &[f32])]) {
-    let _ = (executor, packing, layers);
-    todo!()
+    for (packed, source) in layers.iter() {
+        check("weights", source.len(), packed.inputs * packed.outputs);
+    }
+    let jobs = SharedPtr::new(layers);
+    executor.pool().run(layers.len(), &|task, _| {
+        // SAFETY: each task has a layer to itself.
+        let (packed, source) = unsafe { &mut *jobs.get().add(task) };
+        let (inputs, outputs) = (packed.inputs, packed.outputs);
+        if source.is_empty() {
+            return;
+        }
+        packed.forward.grow(gemm::packed_len(inputs, outputs));
+        gemm::pack(source, outputs, &mut packed.forward);
+        if packing == Packing::ForwardAndBackward {
+            packed.backward.grow(gemm::packed_len(outputs, inputs));
+            gemm::pack_transposed(source, outputs, &mut packed.backward);
+        }
+    });
 }
 
 /// Vectors over channels, one per group or one per image.
@@ -168,6 +165,23 @@ impl<'a> ChannelVectors<'a> {
             values,
             index: VectorIndex::Image,
         }
+    }
+
+    fn check(&self, what: &str, plan: &RowPlan, channels: usize) {
+        let count = match self.index {
+            VectorIndex::Group => plan.group_count(),
+            VectorIndex::Image => plan.image_count(),
+        };
+        check(what, self.values.len(), count * channels);
+    }
+
+    /// The vector of a block, from `column` on.
+    fn of(&self, block: &RowBlock, channels: usize, column: usize) -> *const f32 {
+        let index = match self.index {
+            VectorIndex::Group => block.group,
+            VectorIndex::Image => block.image,
+        };
+        self.values[index * channels + column..].as_ptr()
     }
 }
 
@@ -237,8 +251,109 @@ pub struct Forward<'a> {
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
 pub fn forward(executor: &Executor, args: Forward<'_>) {
-    let _ = (executor, args);
-    todo!()
+    let Forward {
+        rows: plan,
+        weights,
+        input,
+        bias,
+        y,
+        stride,
+        sums,
+        streaming,
+    } = args;
+    let (inputs, outputs) = (weights.inputs, weights.outputs);
+    weights.check_forward();
+    assert!(
+        stride >= outputs,
+        "the stride {stride} of y is below its {outputs} channels"
+    );
+    check("y", y.len(), plan.rows() * stride);
+    if let Some(bias) = bias {
+        check("bias", bias.len(), outputs);
+    }
+    if let Some(sums) = &sums {
+        check("sums", sums.len(), plan.group_count() * 2 * outputs);
+    }
+    let operand = LeftOperand::new(input, plan, inputs);
+
+    let (isa, pool) = (executor.isa(), executor.pool());
+    let tasks = plan.tasks(FORWARD_TASKS);
+    let sums_stride = padded(outputs);
+    let slab_stride = operand.slab_stride(inputs);
+    let one_slab = slab_columns(inputs) >= inputs;
+    let streaming = streaming && one_slab && rows_are_aligned(y, stride);
+    let mut workspace = executor.workspace();
+    let totals = workspace.totals(tasks.len() * 2 * outputs);
+    let task_totals = SharedPtr::new(totals);
+    let y = SharedPtr::new(y);
+    let scratch_len =
+        Bump::room(2 * sums_stride) + Bump::room(sums_stride) + Bump::room(BLOCK_ROWS * slab_stride);
+
+    pool.run(tasks.len(), &|task, worker| {
+        // SAFETY: inside the task, with its worker, once; the totals at `task` belong to it alone.
+        let (mut scratch, totals) = unsafe {
+            (
+                Bump::new(pool.scratch(worker, scratch_len)),
+                part(task_totals, task, 2 * outputs),
+            )
+        };
+        let block_sums = scratch.take_zeroed(2 * sums_stride);
+        let padded_bias = scratch.take_zeroed(sums_stride);
+        if let Some(bias) = bias {
+            // SAFETY: the scratch piece holds the bias.
+            unsafe { padded_bias.copy_from_nonoverlapping(bias.as_ptr(), outputs) };
+        }
+        let slab = scratch.take(BLOCK_ROWS * slab_stride);
+        totals.fill(0.0);
+        for block in plan.blocks(&tasks[task]) {
+            // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
+            unsafe {
+                operand.prepare(isa, block, inputs);
+                let c = y.get().add(block.row * stride);
+                for (first, depth) in slabs(inputs) {
+                    let (a, a_stride) = operand.slab(isa, block, inputs, (first, depth), (slab, slab_stride));
+                    let last = first + depth == inputs;
+                    let epilogue = Epilogue {
+                        accumulate: first > 0,
+                        bias: if last && bias.is_some() {
+                            padded_bias
+                        } else {
+                            std::ptr::null()
+                        },
+                        sums: if last && sums.is_some() {
+                            block_sums
+                        } else {
+                            std::ptr::null_mut()
+                        },
+                        sums_stride,
+                        streaming,
+                        ..Epilogue::store(c, stride)
+                    };
+                    let b = weights.forward.as_ptr().add(first * PANEL);
+                    let product = Multiply {
+                        rows: block.rows,
+                        columns: outputs,
+                        depth,
+                        a,
+                        a_stride,
+                        b,
+                        b_panel_stride: inputs * PANEL,
+                        epilogue,
+                    };
+                    gemm::multiply(isa, &product);
+                }
+                for row in (0..block.rows).filter(|_| stride > outputs) {
+                    c.add(row * stride + outputs).write_bytes(0, stride - outputs);
+                }
+                if sums.is_some() {
+                    flush_rows(isa, block_sums, sums_stride, totals, outputs);
+                }
+            }
+        }
+    });
+    if let Some(sums) = sums {
+        reduce_totals(totals, tasks.iter().map(|task| task.group), sums, 2 * outputs);
+    }
 }
 
 /// The gradient of the loss by the output of the convolution, dY.
@@ -332,8 +447,150 @@ pub struct Backward<'a> {
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
 pub fn backward(executor: &Executor, args: Backward<'_>) {
-    let _ = (executor, args);
-    todo!()
+    let Backward {
+        rows: plan,
+        weights,
+        output_gradient,
+        x,
+        input_gradient,
+        weight_gradient,
+    } = args;
+    let (inputs, outputs) = (weights.inputs, weights.outputs);
+    output_gradient.check(plan, outputs);
+    check("x", x.len(), plan.rows() * inputs);
+    if let Some(gradient) = &input_gradient {
+        weights.check_backward();
+        check("dx", gradient.dx.len(), plan.rows() * inputs);
+        for addend in gradient.addends.iter().flatten() {
+            check("an addend of dx", addend.len(), plan.rows() * inputs);
+        }
+        if let Some(sums) = &gradient.sums {
+            check("y below", sums.y.len(), plan.rows() * inputs);
+            check("sums", sums.sums.len(), plan.group_count() * 2 * inputs);
+        }
+    }
+    let (mut dx, mut sums_below) = (None, None);
+    let (mut accumulate, mut addends, mut y_below) = (false, [std::ptr::null(); 2].map(ReadPtr), None);
+    if let Some(gradient) = input_gradient {
+        dx = Some(SharedPtr::new(gradient.dx));
+        accumulate = gradient.accumulate;
+        addends = gradient
+            .addends
+            .map(|addend| ReadPtr(addend.map_or(std::ptr::null(), <[f32]>::as_ptr)));
+        if let Some(sums) = gradient.sums {
+            y_below = Some(sums.y);
+            sums_below = Some(sums.sums);
+        }
+    }
+
+    let (isa, pool) = (executor.isa(), executor.pool());
+    let mut workspace = executor.workspace();
+    let partials = WeightPartials::new(plan, inputs, outputs, weight_gradient);
+    let tasks = &partials.tasks;
+    let (floats, totals) = workspace.both(partials.len(), tasks.len() * (2 * inputs + outputs));
+    let (dw_partials, task_totals) = (SharedPtr::new(floats), SharedPtr::new(totals));
+    let slab_stride = scratch_stride(slab_columns(outputs));
+    let sums_stride = padded(inputs);
+    let bias_len = padded(outputs);
+    let scratch_len =
+        Bump::room(2 * sums_stride) + Bump::room(bias_len) + Bump::room(BLOCK_ROWS * slab_stride);
+
+    pool.run(tasks.len(), &|task, worker| {
+        // SAFETY: inside the task, with its worker, once; the totals and partials at `task` belong to it alone.
+        let (mut scratch, totals, dw) = unsafe {
+            (
+                Bump::new(pool.scratch(worker, scratch_len)),
+                part(task_totals, task, 2 * inputs + outputs),
+                part(dw_partials, task, partials.stride()).as_mut_ptr(),
+            )
+        };
+        let block_sums = scratch.take_zeroed(2 * sums_stride);
+        let bias_sums = scratch.take_zeroed(bias_len);
+        let slab = scratch.take(BLOCK_ROWS * slab_stride);
+        totals.fill(0.0);
+        let (below_totals, bias_totals) = totals.split_at_mut(2 * inputs);
+        for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
+            // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
+            unsafe {
+                let at = block.row * inputs;
+                for (first, columns) in slabs(outputs) {
+                    output_gradient.form(isa, block, outputs, (first, columns), (slab, slab_stride));
+                    if let Some(dx) = &dx {
+                        let product = Multiply {
+                            rows: block.rows,
+                            columns: inputs,
+                            depth: columns,
+                            a: slab,
+                            a_stride: slab_stride,
+                            b: weights.backward.as_ptr().add(first * PANEL),
+                            b_panel_stride: outputs * PANEL,
+                            epilogue: Epilogue {
+                                accumulate: accumulate || first > 0,
+                                ..Epilogue::store(dx.get().add(at), inputs)
+                            },
+                        };
+                        gemm::multiply(isa, &product);
+                    }
+                    let product = MultiplyTransposed {
+                        depth: block.rows,
+                        rows: inputs,
+                        columns,
+                        p: x.as_ptr().add(at),
+                        p_stride: inputs,
+                        q: slab,
+                        q_stride: slab_stride,
+                        c: dw.add(first),
+                        c_stride: padded(outputs),
+                        accumulate: index > 0,
+                    };
+                    gemm::multiply_transposed(isa, &product);
+                    if partials.has_bias() {
+                        let (x, sums) = (slab.cast_const(), bias_sums.add(first));
+                        sweep(
+                            isa,
+                            &ColumnSums {
+                                rows: block.rows,
+                                columns,
+                                x,
+                                stride: slab_stride,
+                                sums,
+                            },
+                        );
+                    }
+                }
+                if partials.has_bias() {
+                    flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
+                }
+                if let Some(dx) = &dx
+                    && (y_below.is_some() || addends.iter().any(|addend| !addend.0.is_null()))
+                {
+                    let finish = FinishGradient {
+                        rows: block.rows,
+                        columns: inputs,
+                        dx: dx.get().add(at),
+                        addends: addends.map(|addend| addend.offset(at)),
+                        y: y_below.map_or(std::ptr::null(), |y| y[at..].as_ptr()),
+                        sums: block_sums,
+                        sums_stride,
+                    };
+                    sweep(isa, &finish);
+                    flush_rows(isa, block_sums, sums_stride, below_totals, inputs);
+                }
+            }
+        }
+    });
+    let width = 2 * inputs + outputs;
+    if let Some(sums) = sums_below {
+        sums.fill(0.0);
+        for (task, totals) in tasks.iter().zip(totals.chunks_exact(width)) {
+            add(&mut sums[task.group * 2 * inputs..], &totals[..2 * inputs]);
+        }
+    }
+    let bias_totals = totals
+        .chunks_exact(width)
+        .map(|totals| &totals[2 * inputs..])
+        .take(tasks.len());
+    partials.reduce(executor, floats, bias_totals);
 }
 
 /// Arguments of [`backward_activated`].
@@ -371,6 +628,523 @@ pub struct BackwardActivated<'a> {
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
 pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
-    let _ = (executor, args);
-    todo!()
+    let BackwardActivated {
+        rows: plan,
+        weights,
+        output_gradient,
+        input,
+        da,
+        sums,
+        streaming,
+        weight_gradient,
+    } = args;
+    let (inputs, outputs) = (weights.inputs, weights.outputs);
+    weights.check_backward();
+    output_gradient.check(plan, outputs);
+    input.check(plan, inputs);
+    check("da", da.len(), plan.rows() * inputs);
+    check("sums", sums.len(), plan.image_count() * ACTIVATION_SUMS * inputs);
+
+    let (isa, pool) = (executor.isa(), executor.pool());
+    let mut workspace = executor.workspace();
+    let partials = WeightPartials::new(plan, inputs, outputs, weight_gradient);
+    let tasks = &partials.tasks;
+    let (spans, first_spans) = image_spans(plan, tasks);
+    let sums_len = ACTIVATION_SUMS * inputs;
+    let bias_at = spans.len() * sums_len;
+    let (floats, totals) = workspace.both(partials.len(), bias_at + tasks.len() * outputs);
+    let (span_totals, bias_totals) = totals.split_at_mut(bias_at);
+    let dw_partials = SharedPtr::new(floats);
+    let (task_span_totals, task_bias_totals) = (SharedPtr::new(span_totals), SharedPtr::new(bias_totals));
+    let streaming = streaming && rows_are_aligned(da, inputs);
+    let da = SharedPtr::new(da);
+    let dy_stride = scratch_stride(outputs);
+    let tile_columns = slab_columns(inputs);
+    let tile_stride = scratch_stride(tile_columns);
+    let sums_stride = padded(tile_columns);
+    let bias_len = padded(outputs);
+    let scratch_len = Bump::room(ACTIVATION_SUMS * sums_stride)
+        + Bump::room(bias_len)
+        + Bump::room(BLOCK_ROWS * dy_stride)
+        + Bump::room(BLOCK_ROWS * tile_stride);
+
+    pool.run(tasks.len(), &|task, worker| {
+        // SAFETY: inside the task, with its worker, once; the totals and partials at `task` belong to it alone.
+        let (mut scratch, bias_totals, dw) = unsafe {
+            (
+                Bump::new(pool.scratch(worker, scratch_len)),
+                part(task_bias_totals, task, outputs),
+                part(dw_partials, task, partials.stride()).as_mut_ptr(),
+            )
+        };
+        let block_sums = scratch.take_zeroed(ACTIVATION_SUMS * sums_stride);
+        let bias_sums = scratch.take_zeroed(bias_len);
+        let dy = scratch.take(BLOCK_ROWS * dy_stride);
+        let tile = scratch.take(BLOCK_ROWS * tile_stride);
+        bias_totals.fill(0.0);
+        let mut span = first_spans[task];
+        let mut image = None;
+        for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
+            // SAFETY: the sizes are checked above; the rows of a block and the totals of a span belong to one task.
+            unsafe {
+                if image.is_some_and(|image| image != block.image) {
+                    span += 1;
+                }
+                let totals = part(task_span_totals, span, sums_len);
+                if image != Some(block.image) {
+                    totals.fill(0.0);
+                    image = Some(block.image);
+                }
+                output_gradient.form(isa, block, outputs, (0, outputs), (dy, dy_stride));
+                if partials.has_bias() {
+                    let (x, sums) = (dy.cast_const(), bias_sums);
+                    sweep(
+                        isa,
+                        &ColumnSums {
+                            rows: block.rows,
+                            columns: outputs,
+                            x,
+                            stride: dy_stride,
+                            sums,
+                        },
+                    );
+                    flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
+                }
+                for (first, columns) in slabs(inputs) {
+                    let product = Multiply {
+                        rows: block.rows,
+                        columns,
+                        depth: outputs,
+                        a: dy,
+                        a_stride: dy_stride,
+                        b: weights.backward.as_ptr().add(first * outputs),
+                        b_panel_stride: outputs * PANEL,
+                        epilogue: Epilogue::store(tile, tile_stride),
+                    };
+                    gemm::multiply(isa, &product);
+                    let at = block.row * inputs + first;
+                    with_activation!(input.act, A => {
+                        let pass = ActivateBackward::<A> {
+                            rows: block.rows,
+                            columns,
+                            raw: input.raw.as_ptr().add(at),
+                            stride: inputs,
+                            scale: input.scale.of(block, inputs, first),
+                            shift: input.shift.of(block, inputs, first),
+                            gate: input.gate_of(block, inputs, first),
+                            tile,
+                            tile_stride,
+                            da: da.get().add(at),
+                            streaming,
+                            sums: block_sums,
+                            sums_stride,
+                            act: PhantomData,
+                        };
+                        sweep(isa, &pass);
+                    });
+                    for (i, totals) in totals.chunks_exact_mut(inputs).enumerate() {
+                        let sums = std::slice::from_raw_parts_mut(block_sums.add(i * sums_stride), columns);
+                        flush(isa, sums, &mut totals[first..first + columns]);
+                    }
+                    let product = MultiplyTransposed {
+                        depth: block.rows,
+                        rows: columns,
+                        columns: outputs,
+                        p: tile,
+                        p_stride: tile_stride,
+                        q: dy,
+                        q_stride: dy_stride,
+                        c: dw.add(first * padded(outputs)),
+                        c_stride: padded(outputs),
+                        accumulate: index > 0,
+                    };
+                    gemm::multiply_transposed(isa, &product);
+                }
+            }
+        }
+    });
+    reduce_totals(span_totals, spans.iter().copied(), sums, sums_len);
+    partials.reduce(executor, floats, bias_totals.chunks_exact(outputs));
 }
+
+/// The left operand of a forward pass with its pointers ready to be shared by tasks.
+enum LeftOperand<'a> {
+    Plain(&'a [f32]),
+    Activated(Activated<'a>),
+    Normalized {
+        raw: &'a [f32],
+        scale: ChannelVectors<'a>,
+        shift: ChannelVectors<'a>,
+        residual: Option<&'a [f32]>,
+        x: SharedPtr<f32>,
+    },
+}
+
+impl<'a> LeftOperand<'a> {
+    fn new(input: Input<'a>, plan: &RowPlan, channels: usize) -> Self {
+        let len = plan.rows() * channels;
+        match input {
+            Input::Plain(x) => {
+                check("x", x.len(), len);
+                Self::Plain(x)
+            }
+            Input::Activated(activated) => {
+                activated.check(plan, channels);
+                Self::Activated(activated)
+            }
+            Input::Normalized {
+                raw,
+                scale,
+                shift,
+                residual,
+                x,
+            } => {
+                check("raw", raw.len(), len);
+                scale.check("scale", plan, channels);
+                shift.check("shift", plan, channels);
+                check("residual", residual.map_or(len, <[f32]>::len), len);
+                check("x", x.len(), len);
+                Self::Normalized {
+                    raw,
+                    scale,
+                    shift,
+                    residual,
+                    x: SharedPtr::new(x),
+                }
+            }
+        }
+    }
+
+    /// Row stride of the scratch slab, 0 where none is needed.
+    fn slab_stride(&self, channels: usize) -> usize {
+        match self {
+            Self::Activated(_) => scratch_stride(slab_columns(channels)),
+            Self::Plain(_) | Self::Normalized { .. } => 0,
+        }
+    }
+
+    /// Does what is to be done once per block.
+    ///
+    /// # Safety
+    /// `isa` must be available and the block's rows of `x` belong to the caller.
+    unsafe fn prepare(&self, isa: Isa, block: &RowBlock, channels: usize) {
+        if let Self::Normalized {
+            raw,
+            scale,
+            shift,
+            residual,
+            x,
+        } = self
+        {
+            let at = block.row * channels;
+            // SAFETY: the sizes were checked in `new`.
+            unsafe {
+                let pass = Normalize {
+                    rows: block.rows,
+                    columns: channels,
+                    raw: raw[at..].as_ptr(),
+                    scale: scale.of(block, channels, 0),
+                    shift: shift.of(block, channels, 0),
+                    residual: residual.map_or(std::ptr::null(), |residual| residual[at..].as_ptr()),
+                    out: x.get().add(at),
+                };
+                sweep(isa, &pass);
+            }
+        }
+    }
+
+    /// Some columns of the block, as pointer and row stride; they are formed in `scratch` where not stored.
+    ///
+    /// # Safety
+    /// `isa` must be available, and `scratch` hold `BLOCK_ROWS` rows of its stride.
+    unsafe fn slab(
+        &self,
+        isa: Isa,
+        block: &RowBlock,
+        channels: usize,
+        (first, columns): (usize, usize),
+        (out, out_stride): (*mut f32, usize),
+    ) -> (*const f32, usize) {
+        let at = block.row * channels + first;
+        // SAFETY: the sizes were checked in `new`.
+        unsafe {
+            match self {
+                Self::Plain(x) => (x.as_ptr().add(at), channels),
+                Self::Normalized { x, .. } => (x.get().add(at), channels),
+                Self::Activated(input) => {
+                    with_activation!(input.act, A => {
+                        let pass = Activate::<A> {
+                            rows: block.rows,
+                            columns,
+                            raw: input.raw.as_ptr().add(at),
+                            raw_stride: channels,
+                            scale: input.scale.of(block, channels, first),
+                            shift: input.shift.of(block, channels, first),
+                            gate: input.gate_of(block, channels, first),
+                            out,
+                            out_stride,
+                            act: PhantomData,
+                        };
+                        sweep(isa, &pass);
+                    });
+                    (out, out_stride)
+                }
+            }
+        }
+    }
+}
+
+impl Activated<'_> {
+    fn check(&self, plan: &RowPlan, channels: usize) {
+        check("raw", self.raw.len(), plan.rows() * channels);
+        self.scale.check("scale", plan, channels);
+        self.shift.check("shift", plan, channels);
+        if let Some(gate) = self.gate {
+            check("gate", gate.len(), plan.image_count() * channels);
+        }
+    }
+
+    fn gate_of(&self, block: &RowBlock, channels: usize, first: usize) -> *const f32 {
+        self.gate.map_or(std::ptr::null(), |gate| {
+            gate[block.image * channels + first..].as_ptr()
+        })
+    }
+}
+
+impl OutputGradient<'_> {
+    fn check(&self, plan: &RowPlan, channels: usize) {
+        let (Self::Plain { stride, .. } | Self::Normalized { stride, .. }) = *self;
+        assert!(
+            stride >= channels,
+            "the stride {stride} of dY is below its {channels} channels"
+        );
+        let len = plan.rows() * stride;
+        match self {
+            Self::Plain { dy, .. } => check("dy", dy.len(), len),
+            Self::Normalized { dz, y, a, b, c, .. } => {
+                check("dz", dz.len(), len);
+                check("y", y.len(), len);
+                a.check("a", plan, channels);
+                b.check("b", plan, channels);
+                c.check("c", plan, channels);
+            }
+        }
+    }
+
+    /// Forms some columns of a block of dY.
+    ///
+    /// # Safety
+    /// `isa` must be available, the sizes checked and `out` hold `BLOCK_ROWS` rows of its stride.
+    unsafe fn form(
+        &self,
+        isa: Isa,
+        block: &RowBlock,
+        channels: usize,
+        (first, columns): (usize, usize),
+        (out, out_stride): (*mut f32, usize),
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut pass = FormGradient {
+                rows: block.rows,
+                columns,
+                dz: std::ptr::null(),
+                y: std::ptr::null(),
+                stride: 0,
+                a: std::ptr::null(),
+                b: std::ptr::null(),
+                c: std::ptr::null(),
+                out,
+                out_stride,
+            };
+            match self {
+                Self::Plain { dy, stride } => {
+                    pass.stride = *stride;
+                    pass.dz = dy.as_ptr().add(block.row * stride + first);
+                }
+                Self::Normalized {
+                    dz,
+                    y,
+                    a,
+                    b,
+                    c,
+                    stride,
+                } => {
+                    pass.stride = *stride;
+                    pass.dz = dz.as_ptr().add(block.row * stride + first);
+                    pass.y = y.as_ptr().add(block.row * stride + first);
+                    pass.a = a.of(block, channels, first);
+                    pass.b = b.of(block, channels, first);
+                    pass.c = c.of(block, channels, first);
+                }
+            }
+            sweep(isa, &pass);
+        }
+    }
+}
+
+/// The partial weight gradients of a backward pass, one per task, and where their sum goes.
+struct WeightPartials<'a> {
+    tasks: Vec<RowTask>,
+    inputs: usize,
+    outputs: usize,
+    target: WeightGradient<'a>,
+}
+
+impl<'a> WeightPartials<'a> {
+    fn new(plan: &RowPlan, inputs: usize, outputs: usize, target: WeightGradient<'a>) -> Self {
+        check("dw", target.dw.len(), inputs * outputs);
+        if let Some(db) = &target.db {
+            check("db", db.len(), outputs);
+        }
+        let (fewest, most) = BACKWARD_TASKS;
+        let limit = (PARTIAL_VALUES / (inputs * padded(outputs)).max(1)).clamp(fewest, most);
+        Self {
+            tasks: plan.tasks(limit),
+            inputs,
+            outputs,
+            target,
+        }
+    }
+
+    /// Values from one partial gradient to the next.
+    fn stride(&self) -> usize {
+        Bump::room(self.inputs * padded(self.outputs))
+    }
+
+    /// Values of all partial gradients.
+    fn len(&self) -> usize {
+        self.tasks.len() * self.stride()
+    }
+
+    fn has_bias(&self) -> bool {
+        self.target.db.is_some()
+    }
+
+    /// Adds up the partial gradients in the order of the tasks.
+    fn reduce<'t>(self, executor: &Executor, partials: &[f32], bias_totals: impl Iterator<Item = &'t [f64]>) {
+        let stride = self.stride();
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let WeightGradient { dw, db, accumulate } = self.target;
+        let rows_per_task = (REDUCED_VALUES / padded(outputs).max(1)).max(1);
+        let dw = SharedPtr::new(dw);
+        executor.pool().run(inputs.div_ceil(rows_per_task), &|task, _| {
+            let first = task * rows_per_task;
+            // SAFETY: the partials hold `inputs` padded rows each, and tasks write disjoint rows of dW.
+            unsafe {
+                let pass = ReducePartials {
+                    rows: rows_per_task.min(inputs - first),
+                    columns: outputs,
+                    partials: partials.as_ptr().add(first * padded(outputs)),
+                    count: self.tasks.len(),
+                    partial_stride: stride,
+                    row_stride: padded(outputs),
+                    out: dw.get().add(first * outputs),
+                    accumulate,
+                };
+                sweep(executor.isa(), &pass);
+            }
+        });
+        if let Some(db) = db {
+            let mut sums = vec![0.0; outputs];
+            bias_totals.for_each(|totals| add(&mut sums, totals));
+            for (db, sum) in db.iter_mut().zip(sums) {
+                *db = if accumulate { *db + sum as f32 } else { sum as f32 };
+            }
+        }
+    }
+}
+
+/// Values of dW that a task of the reduction adds up.
+const REDUCED_VALUES: usize = 16 << 10;
+
+/// The runs of blocks that lie in one task and one image: the image of each, and the first one of each task.
+fn image_spans(plan: &RowPlan, tasks: &[RowTask]) -> (Vec<usize>, Vec<usize>) {
+    let (mut images, mut first_of_task) = (Vec::new(), Vec::with_capacity(tasks.len()));
+    for task in tasks {
+        first_of_task.push(images.len());
+        let blocks = plan.blocks(task);
+        images.extend(
+            blocks
+                .chunk_by(|a, b| a.image == b.image)
+                .map(|blocks| blocks[0].image),
+        );
+    }
+    (images, first_of_task)
+}
+
+/// Adds each part's totals, `width` long, to those of its owner.
+fn reduce_totals(totals: &[f64], owners: impl Iterator<Item = usize>, sums: &mut [f64], width: usize) {
+    sums.fill(0.0);
+    for (owner, totals) in owners.zip(totals.chunks_exact(width)) {
+        add(&mut sums[owner * width..], totals);
+    }
+}
+
+fn add(sums: &mut [f64], values: &[f64]) {
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum += value;
+    }
+}
+
+/// Adds a block's f32 sums, rows of `stride`, to f64 totals, rows of `columns`, and sets them to 0.
+///
+/// # Safety
+/// `isa` must be available, and there must be as many rows of sums as of totals.
+unsafe fn flush_rows(isa: Isa, sums: *mut f32, stride: usize, totals: &mut [f64], columns: usize) {
+    for (row, totals) in totals.chunks_exact_mut(columns).enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            flush(
+                isa,
+                std::slice::from_raw_parts_mut(sums.add(row * stride), columns),
+                totals,
+            )
+        };
+    }
+}
+
+/// The part of a shared buffer that belongs to one task.
+///
+/// # Safety
+/// The buffer must hold it, and nobody else may use it at the same time.
+unsafe fn part<'a, T>(buffer: SharedPtr<T>, index: usize, len: usize) -> &'a mut [T] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(buffer.get().add(index * len), len) }
+}
+
+/// A pointer that tasks read through.
+#[derive(Clone, Copy)]
+struct ReadPtr(*const f32);
+
+// SAFETY: reading is unsafe anyway; the slices it is made from outlive the pool's job.
+unsafe impl Sync for ReadPtr {}
+
+impl ReadPtr {
+    /// The pointer `by` values on, null if it is null.
+    fn offset(self, by: usize) -> *const f32 {
+        if self.0.is_null() {
+            self.0
+        } else {
+            self.0.wrapping_add(by)
+        }
+    }
+}
+
+/// Whether all rows start on 64-byte boundaries, which streaming stores of all widths need.
+fn rows_are_aligned(values: &[f32], stride: usize) -> bool {
+    values.as_ptr().addr().is_multiple_of(ALIGNMENT) && (stride * size_of::<f32>()).is_multiple_of(ALIGNMENT)
+}
+
+/// # Panics
+/// When a slice has not the length it must have.
+#[track_caller]
+fn check(what: &str, actual: usize, expected: usize) {
+    assert!(
+        actual == expected,
+        "{what} holds {actual} values, {expected} expected"
+    );
+}
+
+#[cfg(test)]
+mod tests;

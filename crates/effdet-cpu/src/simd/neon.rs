@@ -21,6 +21,7 @@ macro_rules! direct {
 
 impl Simd for Neon {
     type V = float32x4_t;
+    type Half = Self;
     const LANES: usize = 4;
 
     direct! {

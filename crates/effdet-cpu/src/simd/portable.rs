@@ -20,6 +20,7 @@ fn zip(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
 
 impl Simd for Portable {
     type V = [f32; N];
+    type Half = Self;
     const LANES: usize = N;
 
     #[inline(always)]

@@ -41,6 +41,7 @@ macro_rules! direct {
 
 impl Simd for Avx2 {
     type V = __m256;
+    type Half = Self;
     const LANES: usize = 8;
 
     direct! {
@@ -120,6 +121,7 @@ impl Simd for Avx2 {
 
 impl Simd for Avx512 {
     type V = __m512;
+    type Half = Avx2;
     const LANES: usize = 16;
 
     direct! {

@@ -1,0 +1,598 @@
+//! Matrix products on row-major operands, written with register tiles of broadcast × vector multiply-adds.
+//!
+//! [`multiply`] computes C = A·B with A unpacked and B packed in panels of [`PANEL`] columns; [`multiply_transposed`]
+//! computes C += Pᵀ·Q with neither packed. Each element of a product is one chain of fused multiply-adds over ascending
+//! index, whatever the tile, so the tile shapes are free to differ between instruction sets.
+
+use crate::simd::{Simd, dispatch};
+
+/// Columns per panel of a packed matrix.
+pub(crate) const PANEL: usize = 16;
+
+/// `columns` rounded up to whole panels.
+pub(crate) const fn padded(columns: usize) -> usize {
+    columns.next_multiple_of(PANEL)
+}
+
+/// Row stride in values for a scratch matrix: whole cache lines and an odd number of them, so that a column of it spreads
+/// over all sets of a cache.
+pub(crate) const fn scratch_stride(columns: usize) -> usize {
+    (columns.div_ceil(PANEL) | 1) * PANEL
+}
+
+/// Length of a matrix of `rows` × `columns` once packed.
+pub(crate) const fn packed_len(rows: usize, columns: usize) -> usize {
+    rows * padded(columns)
+}
+
+/// Packs row-major `matrix` (`rows` × `columns`) into panels: `[⌈columns/16⌉, rows, 16]`, the last one padded with zeros.
+pub(crate) fn pack(matrix: &[f32], columns: usize, packed: &mut [f32]) {
+    let rows = matrix.len() / columns;
+    for (panel, out) in packed.chunks_exact_mut(rows * PANEL).enumerate() {
+        let first = panel * PANEL;
+        let width = PANEL.min(columns - first);
+        for (row, out) in matrix.chunks_exact(columns).zip(out.chunks_exact_mut(PANEL)) {
+            out[..width].copy_from_slice(&row[first..first + width]);
+            out[width..].fill(0.0);
+        }
+    }
+}
+
+/// Packs the transpose of row-major `matrix` (`rows` × `columns`): panels over its rows, `[⌈rows/16⌉, columns, 16]`.
+pub(crate) fn pack_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]) {
+    for (rows, out) in matrix
+        .chunks(PANEL * columns)
+        .zip(packed.chunks_exact_mut(PANEL * columns))
+    {
+        out.fill(0.0);
+        for (lane, row) in rows.chunks_exact(columns).enumerate() {
+            for (out, &value) in out.chunks_exact_mut(PANEL).zip(row) {
+                out[lane] = value;
+            }
+        }
+    }
+}
+
+/// Arguments of [`multiply`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Multiply {
+    /// Rows of A and C.
+    pub rows: usize,
+    /// Columns of B and C.
+    pub columns: usize,
+    /// Columns of A and rows of B.
+    pub depth: usize,
+    /// A, row-major.
+    pub a: *const f32,
+    /// Values from one row of A to the next.
+    pub a_stride: usize,
+    /// First row of B to use within its first panel.
+    pub b: *const f32,
+    /// Values from one panel of B to the next.
+    pub b_panel_stride: usize,
+    /// What happens to the product.
+    pub epilogue: Epilogue,
+}
+
+/// What [`multiply`] does with a tile of the product, in this order.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Epilogue {
+    /// C, row-major.
+    pub c: *mut f32,
+    /// Values from one row of C to the next.
+    pub c_stride: usize,
+    /// Whether to add what C holds.
+    pub accumulate: bool,
+    /// Added to every row where not null; readable up to whole panels.
+    pub bias: *const f32,
+    /// Where not null: ΣC and ΣC² over the rows are added to the vectors here and `sums_stride` further on, row by row;
+    /// writable up to whole panels.
+    pub sums: *mut f32,
+    /// Values from the sums to the sums of squares.
+    pub sums_stride: usize,
+    /// Whether to store past the caches; needs C's rows on 64-byte boundaries.
+    pub streaming: bool,
+}
+
+impl Epilogue {
+    /// Stores the product.
+    pub(crate) const fn store(c: *mut f32, c_stride: usize) -> Self {
+        Self {
+            c,
+            c_stride,
+            accumulate: false,
+            bias: std::ptr::null(),
+            sums: std::ptr::null_mut(),
+            sums_stride: 0,
+            streaming: false,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const R: usize, const V: usize>(
+        &self,
+        row: usize,
+        column: usize,
+        columns: usize,
+        mut tile: [[S::V; V]; R],
+    ) {
+        // SAFETY: the caller of `multiply` promises C for `columns` columns; vectors that reach past them are partial.
+        unsafe {
+            let c = self.c.add(row * self.c_stride + column);
+            let whole = column + V * S::LANES <= columns;
+            let valid = |j: usize| (columns - column - j * S::LANES).min(S::LANES);
+            if self.accumulate {
+                for (i, row) in tile.iter_mut().enumerate() {
+                    for (j, value) in row.iter_mut().enumerate() {
+                        let c = c.add(i * self.c_stride + j * S::LANES);
+                        *value = S::add(
+                            *value,
+                            if whole {
+                                S::load(c)
+                            } else {
+                                S::load_partial(c, valid(j))
+                            },
+                        );
+                    }
+                }
+            }
+            if !self.bias.is_null() {
+                for j in 0..V {
+                    let bias = S::load(self.bias.add(column + j * S::LANES));
+                    for row in &mut tile {
+                        row[j] = S::add(row[j], bias);
+                    }
+                }
+            }
+            if !self.sums.is_null() {
+                for j in 0..V {
+                    let sums = self.sums.add(column + j * S::LANES);
+                    let squares = sums.add(self.sums_stride);
+                    let (mut sum, mut square) = (S::load(sums), S::load(squares));
+                    for row in &tile {
+                        sum = S::add(sum, row[j]);
+                        square = S::fma(row[j], row[j], square);
+                    }
+                    S::store(sums, sum);
+                    S::store(squares, square);
+                }
+            }
+            for (i, row) in tile.into_iter().enumerate() {
+                for (j, value) in row.into_iter().enumerate() {
+                    let c = c.add(i * self.c_stride + j * S::LANES);
+                    if !whole {
+                        S::store_partial(c, value, valid(j));
+                    } else if self.streaming {
+                        S::stream(c, value);
+                    } else {
+                        S::store(c, value);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One tile of A·B: R rows, V vectors.
+#[inline(always)]
+unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
+    depth: usize,
+    a: *const f32,
+    a_stride: usize,
+    b: *const f32,
+    b_panel_stride: usize,
+) -> [[S::V; V]; R] {
+    // SAFETY: the caller of `multiply` promises A and B; panels are whole.
+    unsafe {
+        let mut tile = [[S::zero(); V]; R];
+        let (mut a, mut b) = (a, b);
+        for _ in 0..depth {
+            let mut vectors = [S::zero(); V];
+            for (j, vector) in vectors.iter_mut().enumerate() {
+                let lane = j * S::LANES;
+                *vector = S::load(b.add(lane / PANEL * b_panel_stride + lane % PANEL));
+            }
+            for (i, row) in tile.iter_mut().enumerate() {
+                let value = S::splat(*a.add(i * a_stride));
+                for (sum, &vector) in row.iter_mut().zip(&vectors) {
+                    *sum = S::fma(value, vector, *sum);
+                }
+            }
+            a = a.add(1);
+            b = b.add(PANEL);
+        }
+        tile
+    }
+}
+
+impl Multiply {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
+        // SAFETY: a tile inside the operands the caller promises.
+        unsafe {
+            let b = self.b.add(column / PANEL * self.b_panel_stride + column % PANEL);
+            let a = self.a.add(row * self.a_stride);
+            let tile = product_tile::<S, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride);
+            self.epilogue.finish::<S, R, V>(row, column, self.columns, tile);
+        }
+    }
+
+    /// R whole rows.
+    #[inline(always)]
+    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize) {
+        let mut column = 0;
+        while column < self.columns {
+            let width = Width::of::<S>(self.columns - column);
+            // SAFETY: tiles inside the operands the caller promises.
+            unsafe {
+                match width {
+                    Width::Pair => self.tile::<S, R, 2>(row, column),
+                    Width::Single => self.tile::<S, R, 1>(row, column),
+                    Width::Half => self.tile::<S::Half, R, 1>(row, column),
+                }
+            }
+            column += width.lanes::<S>();
+        }
+    }
+}
+
+/// Width of a tile.
+#[derive(Clone, Copy)]
+enum Width {
+    Pair,
+    Single,
+    Half,
+}
+
+impl Width {
+    /// The width to go on with where `left > 0` columns are left: pairs of vectors, then the narrowest that cover the rest.
+    #[inline(always)]
+    const fn of<S: Simd>(left: usize) -> Self {
+        let (whole, half) = (S::LANES, S::Half::LANES);
+        if left >= 2 * whole || left > whole && (whole == half || left > whole + half) {
+            Self::Pair
+        } else if left > half {
+            Self::Single
+        } else {
+            Self::Half
+        }
+    }
+
+    #[inline(always)]
+    const fn lanes<S: Simd>(self) -> usize {
+        match self {
+            Self::Pair => 2 * S::LANES,
+            Self::Single => S::LANES,
+            Self::Half => S::Half::LANES,
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn multiply_body<S: Simd>(args: &Multiply) {
+    let mut row = 0;
+    // SAFETY: tiles inside the operands the caller promises.
+    unsafe {
+        // 24 accumulators where there are 32 registers, 12 where there are 16.
+        if S::LANES == 16 {
+            while row + 12 <= args.rows {
+                args.row_tiles::<S, 12>(row);
+                row += 12;
+            }
+        }
+        while row + 6 <= args.rows {
+            args.row_tiles::<S, 6>(row);
+            row += 6;
+        }
+        if row + 4 <= args.rows {
+            args.row_tiles::<S, 4>(row);
+            row += 4;
+        }
+        if row + 2 <= args.rows {
+            args.row_tiles::<S, 2>(row);
+            row += 2;
+        }
+        if row < args.rows {
+            args.row_tiles::<S, 1>(row);
+        }
+    }
+}
+
+dispatch! {
+    /// C = A·B with an [`Epilogue`].
+    ///
+    /// # Safety
+    /// `isa` must be available; all pointers must be valid for what [`Multiply`] and [`Epilogue`] say.
+    pub(crate) unsafe fn multiply(args: &Multiply) = multiply_body;
+}
+
+/// Arguments of [`multiply_transposed`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MultiplyTransposed {
+    /// Rows of P and Q, the index that is summed over.
+    pub depth: usize,
+    /// Columns of P, rows of C.
+    pub rows: usize,
+    /// Columns of Q and C.
+    pub columns: usize,
+    /// P, row-major.
+    pub p: *const f32,
+    /// Values from one row of P to the next.
+    pub p_stride: usize,
+    /// Q, row-major; readable up to whole panels.
+    pub q: *const f32,
+    /// Values from one row of Q to the next.
+    pub q_stride: usize,
+    /// C, row-major; writable up to whole panels.
+    pub c: *mut f32,
+    /// Values from one row of C to the next.
+    pub c_stride: usize,
+    /// Whether to add what C holds.
+    pub accumulate: bool,
+}
+
+impl MultiplyTransposed {
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
+        // SAFETY: a tile inside the operands the caller promises.
+        unsafe {
+            let mut tile = [[S::zero(); V]; R];
+            let (mut p, mut q) = (self.p.add(row), self.q.add(column));
+            for _ in 0..self.depth {
+                let mut vectors = [S::zero(); V];
+                for (j, vector) in vectors.iter_mut().enumerate() {
+                    *vector = S::load(q.add(j * S::LANES));
+                }
+                for (i, row) in tile.iter_mut().enumerate() {
+                    let value = S::splat(*p.add(i));
+                    for (sum, &vector) in row.iter_mut().zip(&vectors) {
+                        *sum = S::fma(value, vector, *sum);
+                    }
+                }
+                p = p.add(self.p_stride);
+                q = q.add(self.q_stride);
+            }
+            let c = self.c.add(row * self.c_stride + column);
+            for (i, row) in tile.into_iter().enumerate() {
+                for (j, sum) in row.into_iter().enumerate() {
+                    let c = c.add(i * self.c_stride + j * S::LANES);
+                    S::store(
+                        c,
+                        if self.accumulate {
+                            S::add(sum, S::load(c))
+                        } else {
+                            sum
+                        },
+                    );
+                }
+            }
+        }
+    }
+
+    /// V vectors of all rows of C.
+    #[inline(always)]
+    unsafe fn column_tiles<S: Simd, const V: usize>(&self, column: usize) {
+        let mut row = 0;
+        // SAFETY: tiles inside the operands the caller promises.
+        unsafe {
+            if S::LANES == 16 {
+                while row + 12 <= self.rows {
+                    self.tile::<S, 12, V>(row, column);
+                    row += 12;
+                }
+            }
+            while row + 6 <= self.rows {
+                self.tile::<S, 6, V>(row, column);
+                row += 6;
+            }
+            if row + 4 <= self.rows {
+                self.tile::<S, 4, V>(row, column);
+                row += 4;
+            }
+            if row + 2 <= self.rows {
+                self.tile::<S, 2, V>(row, column);
+                row += 2;
+            }
+            if row < self.rows {
+                self.tile::<S, 1, V>(row, column);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed) {
+    let mut column = 0;
+    while column < args.columns {
+        let width = Width::of::<S>(args.columns - column);
+        // SAFETY: tiles inside the operands the caller promises, rounded up to whole panels.
+        unsafe {
+            match width {
+                Width::Pair => args.column_tiles::<S, 2>(column),
+                Width::Single => args.column_tiles::<S, 1>(column),
+                Width::Half => args.column_tiles::<S::Half, 1>(column),
+            }
+        }
+        column += width.lanes::<S>();
+    }
+}
+
+dispatch! {
+    /// C = Pᵀ·Q, or C += Pᵀ·Q.
+    ///
+    /// # Safety
+    /// `isa` must be available; all pointers must be valid for what [`MultiplyTransposed`] says.
+    pub(crate) unsafe fn multiply_transposed(args: &MultiplyTransposed) = multiply_transposed_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::Isa;
+
+    fn values(len: usize, seed: u32) -> Vec<f32> {
+        let value = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(97)) >> 8) as f32;
+        (0..len as u32)
+            .map(|i| value(i) / (1 << 23) as f32 - 1.0)
+            .collect()
+    }
+
+    /// C and, where asked for, the sums after one product; `None` sums leave them out.
+    fn product(isa: Isa, (m, n, k): (usize, usize, usize), full: bool) -> (Vec<f32>, Vec<f32>) {
+        let (a, b, bias) = (values(m * k, 1), values(k * n, 2), values(padded(n), 3));
+        let mut packed = vec![f32::NAN; packed_len(k, n)];
+        pack(&b, n, &mut packed);
+        let (mut c, mut sums) = (values(m * (n + 3), 4), vec![0.5; 2 * padded(n)]);
+        let mut epilogue = Epilogue::store(c.as_mut_ptr(), n + 3);
+        if full {
+            epilogue.accumulate = true;
+            epilogue.bias = bias.as_ptr();
+            epilogue.sums = sums.as_mut_ptr();
+            epilogue.sums_stride = padded(n);
+        }
+        let args = Multiply {
+            rows: m,
+            columns: n,
+            depth: k,
+            a: a.as_ptr(),
+            a_stride: k,
+            b: packed.as_ptr(),
+            b_panel_stride: k * PANEL,
+            epilogue,
+        };
+        // SAFETY: the instruction set is available and the buffers have the sizes given.
+        unsafe { multiply(isa, &args) };
+        (c, sums)
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 1, 1),
+        (13, 8, 3),
+        (7, 24, 27),
+        (29, 40, 5),
+        (12, 36, 40),
+        (25, 51, 64),
+        (3, 16, 9),
+        (11, 33, 2),
+        (96, 819, 4),
+    ];
+
+    #[test]
+    fn a_product_matches_float64_and_touches_nothing_else() {
+        for (m, n, k) in SHAPES {
+            let (a, b, bias, before) = (
+                values(m * k, 1),
+                values(k * n, 2),
+                values(padded(n), 3),
+                values(m * (n + 3), 4),
+            );
+            for full in [false, true] {
+                let (c, sums) = product(Isa::detect(), (m, n, k), full);
+                let (mut total, mut squares) = (vec![0.5f64; n], vec![0.5f64; n]);
+                for i in 0..m {
+                    for j in 0..n {
+                        let dot: f64 = (0..k)
+                            .map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j]))
+                            .sum();
+                        let rest = f64::from(before[i * (n + 3) + j]) + f64::from(bias[j]);
+                        let expected = if full { dot + rest } else { dot };
+                        assert!(
+                            (f64::from(c[i * (n + 3) + j]) - expected).abs() < 1e-5,
+                            "{m}x{n}x{k} at {i}, {j}"
+                        );
+                        total[j] += expected;
+                        squares[j] += expected * expected;
+                    }
+                    assert_eq!(c[i * (n + 3) + n..][..3], before[i * (n + 3) + n..][..3]);
+                }
+                for j in (0..n).filter(|_| full) {
+                    assert!((f64::from(sums[j]) - total[j]).abs() < 1e-4);
+                    assert!((f64::from(sums[padded(n) + j]) - squares[j]).abs() < 3e-4);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_has_the_same_bits_on_every_instruction_set() {
+        for shape in SHAPES {
+            let expected = product(Isa::Portable, shape, true);
+            for isa in Isa::available() {
+                let (c, sums) = product(isa, shape, true);
+                let (n, padded_n) = (shape.1, padded(shape.1));
+                assert_eq!(c, expected.0, "{shape:?} on {isa}");
+                assert_eq!(sums[..n], expected.1[..n]);
+                assert_eq!(sums[padded_n..][..n], expected.1[padded_n..][..n]);
+            }
+        }
+    }
+
+    fn transposed_product(isa: Isa, (m, n, k): (usize, usize, usize), accumulate: bool) -> Vec<f32> {
+        let (p, q) = (values(m * k, 1), values(m * padded(n), 2));
+        let mut c = values(k * padded(n), 3);
+        let args = MultiplyTransposed {
+            depth: m,
+            rows: k,
+            columns: n,
+            p: p.as_ptr(),
+            p_stride: k,
+            q: q.as_ptr(),
+            q_stride: padded(n),
+            c: c.as_mut_ptr(),
+            c_stride: padded(n),
+            accumulate,
+        };
+        // SAFETY: the instruction set is available and the buffers have the sizes given.
+        unsafe { multiply_transposed(isa, &args) };
+        c.chunks(padded(n)).flat_map(|row| row[..n].to_vec()).collect()
+    }
+
+    #[test]
+    fn a_transposed_product_matches_float64_and_has_the_same_bits_on_every_instruction_set() {
+        for (m, n, k) in SHAPES {
+            let (p, q, before) = (
+                values(m * k, 1),
+                values(m * padded(n), 2),
+                values(k * padded(n), 3),
+            );
+            for accumulate in [false, true] {
+                let expected = transposed_product(Isa::Portable, (m, n, k), accumulate);
+                for isa in Isa::available() {
+                    assert_eq!(
+                        transposed_product(isa, (m, n, k), accumulate),
+                        expected,
+                        "{m}x{n}x{k} on {isa}"
+                    );
+                }
+                for i in 0..k {
+                    for j in 0..n {
+                        let dot = |r: usize| f64::from(p[r * k + i]) * f64::from(q[r * padded(n) + j]);
+                        let start = if accumulate {
+                            f64::from(before[i * padded(n) + j])
+                        } else {
+                            0.0
+                        };
+                        let truth = start + (0..m).map(dot).sum::<f64>();
+                        assert!((f64::from(expected[i * n + j]) - truth).abs() < 1e-5);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packing_the_transpose_equals_packing_a_transposed_copy() {
+        let (rows, columns) = (37, 21);
+        let matrix = values(rows * columns, 5);
+        let copy: Vec<f32> = (0..rows * columns)
+            .map(|i| matrix[i % rows * columns + i / rows])
+            .collect();
+        let (mut a, mut b) = (
+            vec![1.0; packed_len(columns, rows)],
+            vec![2.0; packed_len(columns, rows)],
+        );
+        pack_transposed(&matrix, columns, &mut a);
+        pack(&copy, rows, &mut b);
+        assert_eq!(a, b);
+    }
+}

@@ -1,0 +1,492 @@
+//! Elementwise passes over a block of rows, which surround the matrix products of a pointwise convolution.
+//!
+//! All of them go down the rows a few at a time and along the channels inside, so that tensors are read in long pieces and
+//! the channels' vectors and sums are touched once per few rows. Sums run over ascending rows.
+
+use std::marker::PhantomData;
+
+use crate::math::Activation;
+use crate::simd::{Simd, dispatch};
+
+/// Rows that share one load of the channels' vectors.
+const ROWS: usize = 4;
+
+/// One elementwise pass.
+///
+/// # Safety
+/// Implementations hold pointers; whoever makes one answers for these being valid for its rows and columns.
+pub(crate) trait Sweep {
+    fn rows(&self) -> usize;
+    fn columns(&self) -> usize;
+    /// Works on one vector of R rows; its lanes reach past the columns unless `WHOLE`, and `lanes` are inside.
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    );
+}
+
+#[inline(always)]
+unsafe fn sweep_rows<S: Simd, T: Sweep, const R: usize>(pass: &T, row: usize) {
+    let columns = pass.columns();
+    let mut column = 0;
+    // SAFETY: inside the rows and columns of the pass.
+    unsafe {
+        while column + S::LANES <= columns {
+            pass.vector::<S, R, true>(row, column, S::LANES);
+            column += S::LANES;
+        }
+        if column < columns {
+            pass.vector::<S, R, false>(row, column, columns - column);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sweep_body<S: Simd, T: Sweep>(pass: &T) {
+    let mut row = 0;
+    // SAFETY: inside the rows of the pass.
+    unsafe {
+        while row + ROWS <= pass.rows() {
+            sweep_rows::<S, T, ROWS>(pass, row);
+            row += ROWS;
+        }
+        while row < pass.rows() {
+            sweep_rows::<S, T, 1>(pass, row);
+            row += 1;
+        }
+    }
+}
+
+dispatch! {
+    /// Runs a pass.
+    ///
+    /// # Safety
+    /// `isa` must be available and the pointers of `pass` valid.
+    pub(crate) unsafe fn sweep[T: Sweep][T](pass: &T) = sweep_body;
+}
+
+#[inline(always)]
+unsafe fn load<S: Simd, const WHOLE: bool>(source: *const f32, lanes: usize) -> S::V {
+    // SAFETY: the caller promises `lanes` values, all of them if WHOLE.
+    unsafe {
+        if WHOLE {
+            S::load(source)
+        } else {
+            S::load_partial(source, lanes)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn store<S: Simd, const WHOLE: bool>(target: *mut f32, v: S::V, lanes: usize) {
+    // SAFETY: as in `load`.
+    unsafe {
+        if WHOLE {
+            S::store(target, v)
+        } else {
+            S::store_partial(target, v, lanes)
+        }
+    }
+}
+
+/// `out = gate·act(scale·raw + shift)`.
+pub(crate) struct Activate<A> {
+    pub rows: usize,
+    pub columns: usize,
+    pub raw: *const f32,
+    pub raw_stride: usize,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    /// 1 where null.
+    pub gate: *const f32,
+    /// Writable up to whole vectors.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    pub act: PhantomData<A>,
+}
+
+impl<A: Activation> Sweep for Activate<A> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let scale = load::<S, WHOLE>(self.scale.add(column), lanes);
+            let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
+            let gate = if self.gate.is_null() {
+                S::splat(1.0)
+            } else {
+                load::<S, WHOLE>(self.gate.add(column), lanes)
+            };
+            for row in row..row + R {
+                let raw = load::<S, WHOLE>(self.raw.add(row * self.raw_stride + column), lanes);
+                let act = A::value::<S>(S::fma(raw, scale, shift));
+                S::store(self.out.add(row * self.out_stride + column), S::mul(act, gate));
+            }
+        }
+    }
+}
+
+/// `out = scale·raw + shift (+ residual)`, all with rows of `columns` values.
+pub(crate) struct Normalize {
+    pub rows: usize,
+    pub columns: usize,
+    pub raw: *const f32,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    /// 0 where null.
+    pub residual: *const f32,
+    pub out: *mut f32,
+}
+
+impl Sweep for Normalize {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let scale = load::<S, WHOLE>(self.scale.add(column), lanes);
+            let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
+            for row in row..row + R {
+                let at = row * self.columns + column;
+                let mut x = S::fma(load::<S, WHOLE>(self.raw.add(at), lanes), scale, shift);
+                if !self.residual.is_null() {
+                    x = S::add(x, load::<S, WHOLE>(self.residual.add(at), lanes));
+                }
+                store::<S, WHOLE>(self.out.add(at), x, lanes);
+            }
+        }
+    }
+}
+
+/// `out = a·dz + b·y + c`, or `dz` alone where `y` is null; columns up to whole vectors become 0.
+pub(crate) struct FormGradient {
+    pub rows: usize,
+    pub columns: usize,
+    pub dz: *const f32,
+    pub y: *const f32,
+    pub stride: usize,
+    pub a: *const f32,
+    pub b: *const f32,
+    pub c: *const f32,
+    /// Writable up to whole vectors.
+    pub out: *mut f32,
+    pub out_stride: usize,
+}
+
+impl Sweep for FormGradient {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            if self.y.is_null() {
+                for row in row..row + R {
+                    let dz = load::<S, WHOLE>(self.dz.add(row * self.stride + column), lanes);
+                    S::store(self.out.add(row * self.out_stride + column), dz);
+                }
+                return;
+            }
+            let a = load::<S, WHOLE>(self.a.add(column), lanes);
+            let b = load::<S, WHOLE>(self.b.add(column), lanes);
+            let c = load::<S, WHOLE>(self.c.add(column), lanes);
+            for row in row..row + R {
+                let dz = load::<S, WHOLE>(self.dz.add(row * self.stride + column), lanes);
+                let y = load::<S, WHOLE>(self.y.add(row * self.stride + column), lanes);
+                S::store(
+                    self.out.add(row * self.out_stride + column),
+                    S::fma(dz, a, S::fma(y, b, c)),
+                );
+            }
+        }
+    }
+}
+
+/// `sums += Σ x` over the rows.
+pub(crate) struct ColumnSums {
+    pub rows: usize,
+    pub columns: usize,
+    /// Readable up to whole vectors.
+    pub x: *const f32,
+    pub stride: usize,
+    /// Writable up to whole vectors.
+    pub sums: *mut f32,
+}
+
+impl Sweep for ColumnSums {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        _lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass, whole vectors included.
+        unsafe {
+            let mut sum = S::load(self.sums.add(column));
+            for row in row..row + R {
+                sum = S::add(sum, S::load(self.x.add(row * self.stride + column)));
+            }
+            S::store(self.sums.add(column), sum);
+        }
+    }
+}
+
+/// `dx += addends` and the sums Σdx and Σdx·y, all with rows of `columns` values.
+pub(crate) struct FinishGradient {
+    pub rows: usize,
+    pub columns: usize,
+    pub dx: *mut f32,
+    /// Left out where null.
+    pub addends: [*const f32; 2],
+    /// No sums where null.
+    pub y: *const f32,
+    /// Σdx, and Σdx·y `sums_stride` further on; writable up to whole vectors.
+    pub sums: *mut f32,
+    pub sums_stride: usize,
+}
+
+impl Sweep for FinishGradient {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let products = self.sums.add(self.sums_stride);
+            let (mut sum, mut product) = if self.y.is_null() {
+                (S::zero(), S::zero())
+            } else {
+                (S::load(self.sums.add(column)), S::load(products.add(column)))
+            };
+            for row in row..row + R {
+                let at = row * self.columns + column;
+                let mut dx = load::<S, WHOLE>(self.dx.add(at), lanes);
+                for addend in self.addends {
+                    if !addend.is_null() {
+                        dx = S::add(dx, load::<S, WHOLE>(addend.add(at), lanes));
+                    }
+                }
+                store::<S, WHOLE>(self.dx.add(at), dx, lanes);
+                if !self.y.is_null() {
+                    sum = S::add(sum, dx);
+                    product = S::fma(dx, load::<S, WHOLE>(self.y.add(at), lanes), product);
+                }
+            }
+            if !self.y.is_null() {
+                S::store(self.sums.add(column), sum);
+                S::store(products.add(column), product);
+            }
+        }
+    }
+}
+
+/// Number of sums that [`ActivateBackward`] makes.
+pub(crate) const ACTIVATION_SUMS: usize = 5;
+
+/// Takes dA from `tile`, stores it, adds to the five sums of dA and the activation, and leaves the gated activation, the
+/// operand of dW, in `tile`.
+pub(crate) struct ActivateBackward<A> {
+    pub rows: usize,
+    pub columns: usize,
+    pub raw: *const f32,
+    /// Values from one row of `raw` and `da` to the next.
+    pub stride: usize,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    /// 1 where null.
+    pub gate: *const f32,
+    /// dA; writable up to whole vectors.
+    pub tile: *mut f32,
+    pub tile_stride: usize,
+    pub da: *mut f32,
+    /// Whether to store dA past the caches; needs its rows on 64-byte boundaries.
+    pub streaming: bool,
+    /// Σ dA·act, Σ dA·s', Σ dA·s'·raw, Σ s', Σ s'·raw, `sums_stride` apart; writable up to whole vectors.
+    pub sums: *mut f32,
+    pub sums_stride: usize,
+    pub act: PhantomData<A>,
+}
+
+impl<A: Activation> Sweep for ActivateBackward<A> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let scale = load::<S, WHOLE>(self.scale.add(column), lanes);
+            let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
+            let gate = if self.gate.is_null() {
+                S::splat(1.0)
+            } else {
+                load::<S, WHOLE>(self.gate.add(column), lanes)
+            };
+            let mut sums = [S::zero(); ACTIVATION_SUMS];
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(self.sums.add(i * self.sums_stride + column));
+            }
+            for row in row..row + R {
+                let at = row * self.stride + column;
+                let tile = self.tile.add(row * self.tile_stride + column);
+                let raw = load::<S, WHOLE>(self.raw.add(at), lanes);
+                let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
+                let da = S::load(tile);
+                if WHOLE && self.streaming {
+                    S::stream(self.da.add(at), da);
+                } else {
+                    store::<S, WHOLE>(self.da.add(at), da, lanes);
+                }
+                let through = S::mul(da, slope);
+                sums[0] = S::fma(da, act, sums[0]);
+                sums[1] = S::add(sums[1], through);
+                sums[2] = S::fma(through, raw, sums[2]);
+                sums[3] = S::add(sums[3], slope);
+                sums[4] = S::fma(slope, raw, sums[4]);
+                S::store(tile, S::mul(act, gate));
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                S::store(self.sums.add(i * self.sums_stride + column), sum);
+            }
+        }
+    }
+}
+
+/// `out (+)= Σ partials` in ascending order, for a range of rows of a matrix.
+pub(crate) struct ReducePartials {
+    pub rows: usize,
+    pub columns: usize,
+    pub partials: *const f32,
+    pub count: usize,
+    /// Values from one partial matrix to the next.
+    pub partial_stride: usize,
+    /// Values from one row of a partial matrix to the next.
+    pub row_stride: usize,
+    pub out: *mut f32,
+    /// Whether to start from what `out` holds.
+    pub accumulate: bool,
+}
+
+impl Sweep for ReducePartials {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let mut sums = [S::zero(); R];
+            for (i, sum) in sums.iter_mut().enumerate().filter(|_| self.accumulate) {
+                *sum = load::<S, WHOLE>(self.out.add((row + i) * self.columns + column), lanes);
+            }
+            for partial in 0..self.count {
+                let partial = self.partials.add(partial * self.partial_stride + column);
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::add(
+                        *sum,
+                        load::<S, WHOLE>(partial.add((row + i) * self.row_stride), lanes),
+                    );
+                }
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                store::<S, WHOLE>(self.out.add((row + i) * self.columns + column), sum, lanes);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn flush_body<S: Simd>(sums: &mut [f32], totals: &mut [f64]) {
+    // Plain loops: compiled with the wide registers of `S`, vectorised by the compiler.
+    let _ = S::LANES;
+    for (total, sum) in totals.iter_mut().zip(sums) {
+        *total += f64::from(*sum);
+        *sum = 0.0;
+    }
+}
+
+dispatch! {
+    /// Adds a block's f32 sums to f64 totals and sets them to 0.
+    ///
+    /// # Safety
+    /// `isa` must be available.
+    pub(crate) unsafe fn flush(sums: &mut [f32], totals: &mut [f64]) = flush_body;
+}
