@@ -4,10 +4,17 @@
 //! Every result has the same bits for every instruction set and every number of threads: vectors run over channels, sums run
 //! in program order over all other indices, and the grouping of partial sums depends on shapes alone.
 
+pub mod depthwise;
+pub mod elementwise;
+pub mod fuse;
 pub(crate) mod gemm;
+pub mod loss;
 pub mod pointwise;
+pub mod resample;
 pub(crate) mod row_plan;
 pub(crate) mod row_sweeps;
+pub mod se;
+pub mod stem;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
