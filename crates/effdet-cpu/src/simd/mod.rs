@@ -274,7 +274,8 @@ mod tests {
                         .map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() }),
                 );
             };
-            let operations: [fn(S::V, S::V) -> S::V; 13] = [
+            type Operation<V> = fn(V, V) -> V;
+            let operations: [Operation<S::V>; 13] = [
                 |a, b| S::add(a, b),
                 |a, b| S::sub(a, b),
                 |a, b| S::mul(a, b),
