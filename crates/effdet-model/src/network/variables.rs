@@ -105,7 +105,7 @@ pub struct VariableTable {
 
 impl VariableTable {
     /// Lays the variables out in the flat buffers, in their order.
-    pub(super) fn new(mut variables: Vec<Variable>) -> Self {
+    pub fn new(mut variables: Vec<Variable>) -> Self {
         let (mut trainable_len, mut statistics_len) = (0, 0);
         for variable in &mut variables {
             let end = match variable.kind {
