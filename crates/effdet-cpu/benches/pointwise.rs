@@ -132,7 +132,7 @@ fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, ou
             y: &mut y,
             stride,
             sums: (!head).then_some(&mut sums),
-            streaming: role == Role::Expand,
+            streaming: outputs > inputs,
         };
         forward(executor, args);
     });

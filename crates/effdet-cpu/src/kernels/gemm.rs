@@ -4,6 +4,7 @@
 //! computes C += Pᵀ·Q with neither packed. Each element of a product is one chain of fused multiply-adds over ascending
 //! index, whatever the tile, so the tile shapes are free to differ between instruction sets.
 
+use crate::arena::ALIGNMENT;
 use crate::simd::{Simd, dispatch};
 
 /// Columns per panel of a packed matrix.
@@ -50,6 +51,42 @@ pub(crate) fn pack_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]
                 out[lane] = value;
             }
         }
+    }
+}
+
+/// Values that will be read soon; the products bring them to the cache, a line per step of their inner loop.
+///
+/// Blocks of rows are worked on one after the other in phases that read memory and phases that compute. Fetching the next
+/// block's rows during the products of this one lets the two overlap.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Prefetch {
+    /// First value and number of cache lines left of each run.
+    runs: [(*const f32, usize); 2],
+}
+
+/// Values in a cache line.
+const LINE: usize = ALIGNMENT / size_of::<f32>();
+
+impl Prefetch {
+    /// Fetches two slices, either of them empty where there is less to fetch.
+    pub(crate) fn new(first: &[f32], second: &[f32]) -> Self {
+        Self {
+            runs: [first, second].map(|values| (values.as_ptr(), values.len().div_ceil(LINE))),
+        }
+    }
+
+    /// Where a loop of `steps` steps starts to fetch and how far it moves per step; `idle` is an address in the cache.
+    #[inline(always)]
+    fn take(&mut self, steps: usize, idle: *const f32) -> (*const f32, usize) {
+        for (next, left) in &mut self.runs {
+            if *left > 0 {
+                let start = *next;
+                *left = left.saturating_sub(steps);
+                *next = next.wrapping_add(steps * LINE);
+                return (start, LINE);
+            }
+        }
+        (idle, 0)
     }
 }
 
@@ -181,12 +218,16 @@ unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
     a_stride: usize,
     b: *const f32,
     b_panel_stride: usize,
+    ahead: &mut Prefetch,
 ) -> [[S::V; V]; R] {
     // SAFETY: the caller of `multiply` promises A and B; panels are whole.
     unsafe {
         let mut tile = [[S::zero(); V]; R];
         let (mut a, mut b) = (a, b);
+        let (mut fetch, fetch_step) = ahead.take(depth, b);
         for _ in 0..depth {
+            S::prefetch(fetch);
+            fetch = fetch.wrapping_add(fetch_step);
             let mut vectors = [S::zero(); V];
             for (j, vector) in vectors.iter_mut().enumerate() {
                 let lane = j * S::LANES;
@@ -207,28 +248,33 @@ unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
 
 impl Multiply {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
+    unsafe fn tile<S: Simd, const R: usize, const V: usize>(
+        &self,
+        row: usize,
+        column: usize,
+        ahead: &mut Prefetch,
+    ) {
         // SAFETY: a tile inside the operands the caller promises.
         unsafe {
             let b = self.b.add(column / PANEL * self.b_panel_stride + column % PANEL);
             let a = self.a.add(row * self.a_stride);
-            let tile = product_tile::<S, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride);
+            let tile = product_tile::<S, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride, ahead);
             self.epilogue.finish::<S, R, V>(row, column, self.columns, tile);
         }
     }
 
     /// R whole rows.
     #[inline(always)]
-    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize) {
+    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize, ahead: &mut Prefetch) {
         let mut column = 0;
         while column < self.columns {
             let width = Width::of::<S>(self.columns - column);
             // SAFETY: tiles inside the operands the caller promises.
             unsafe {
                 match width {
-                    Width::Pair => self.tile::<S, R, 2>(row, column),
-                    Width::Single => self.tile::<S, R, 1>(row, column),
-                    Width::Half => self.tile::<S::Half, R, 1>(row, column),
+                    Width::Pair => self.tile::<S, R, 2>(row, column, ahead),
+                    Width::Single => self.tile::<S, R, 1>(row, column, ahead),
+                    Width::Half => self.tile::<S::Half, R, 1>(row, column, ahead),
                 }
             }
             column += width.lanes::<S>();
@@ -269,41 +315,41 @@ impl Width {
 }
 
 #[inline(always)]
-unsafe fn multiply_body<S: Simd>(args: &Multiply) {
+unsafe fn multiply_body<S: Simd>(args: &Multiply, ahead: &mut Prefetch) {
     let mut row = 0;
     // SAFETY: tiles inside the operands the caller promises.
     unsafe {
         // 24 accumulators where there are 32 registers, 12 where there are 16.
         if S::LANES == 16 {
             while row + 12 <= args.rows {
-                args.row_tiles::<S, 12>(row);
+                args.row_tiles::<S, 12>(row, ahead);
                 row += 12;
             }
         }
         while row + 6 <= args.rows {
-            args.row_tiles::<S, 6>(row);
+            args.row_tiles::<S, 6>(row, ahead);
             row += 6;
         }
         if row + 4 <= args.rows {
-            args.row_tiles::<S, 4>(row);
+            args.row_tiles::<S, 4>(row, ahead);
             row += 4;
         }
         if row + 2 <= args.rows {
-            args.row_tiles::<S, 2>(row);
+            args.row_tiles::<S, 2>(row, ahead);
             row += 2;
         }
         if row < args.rows {
-            args.row_tiles::<S, 1>(row);
+            args.row_tiles::<S, 1>(row, ahead);
         }
     }
 }
 
 dispatch! {
-    /// C = A·B with an [`Epilogue`].
+    /// C = A·B with an [`Epilogue`]; fetches `ahead` on the way.
     ///
     /// # Safety
     /// `isa` must be available; all pointers must be valid for what [`Multiply`] and [`Epilogue`] say.
-    pub(crate) unsafe fn multiply(args: &Multiply) = multiply_body;
+    pub(crate) unsafe fn multiply(args: &Multiply, ahead: &mut Prefetch) = multiply_body;
 }
 
 /// Arguments of [`multiply_transposed`].
@@ -333,12 +379,20 @@ pub(crate) struct MultiplyTransposed {
 
 impl MultiplyTransposed {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
+    unsafe fn tile<S: Simd, const R: usize, const V: usize>(
+        &self,
+        row: usize,
+        column: usize,
+        ahead: &mut Prefetch,
+    ) {
         // SAFETY: a tile inside the operands the caller promises.
         unsafe {
             let mut tile = [[S::zero(); V]; R];
             let (mut p, mut q) = (self.p.add(row), self.q.add(column));
+            let (mut fetch, fetch_step) = ahead.take(self.depth, q);
             for _ in 0..self.depth {
+                S::prefetch(fetch);
+                fetch = fetch.wrapping_add(fetch_step);
                 let mut vectors = [S::zero(); V];
                 for (j, vector) in vectors.iter_mut().enumerate() {
                     *vector = S::load(q.add(j * S::LANES));
@@ -371,46 +425,46 @@ impl MultiplyTransposed {
 
     /// V vectors of all rows of C.
     #[inline(always)]
-    unsafe fn column_tiles<S: Simd, const V: usize>(&self, column: usize) {
+    unsafe fn column_tiles<S: Simd, const V: usize>(&self, column: usize, ahead: &mut Prefetch) {
         let mut row = 0;
         // SAFETY: tiles inside the operands the caller promises.
         unsafe {
             if S::LANES == 16 {
                 while row + 12 <= self.rows {
-                    self.tile::<S, 12, V>(row, column);
+                    self.tile::<S, 12, V>(row, column, ahead);
                     row += 12;
                 }
             }
             while row + 6 <= self.rows {
-                self.tile::<S, 6, V>(row, column);
+                self.tile::<S, 6, V>(row, column, ahead);
                 row += 6;
             }
             if row + 4 <= self.rows {
-                self.tile::<S, 4, V>(row, column);
+                self.tile::<S, 4, V>(row, column, ahead);
                 row += 4;
             }
             if row + 2 <= self.rows {
-                self.tile::<S, 2, V>(row, column);
+                self.tile::<S, 2, V>(row, column, ahead);
                 row += 2;
             }
             if row < self.rows {
-                self.tile::<S, 1, V>(row, column);
+                self.tile::<S, 1, V>(row, column, ahead);
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed) {
+unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed, ahead: &mut Prefetch) {
     let mut column = 0;
     while column < args.columns {
         let width = Width::of::<S>(args.columns - column);
         // SAFETY: tiles inside the operands the caller promises, rounded up to whole panels.
         unsafe {
             match width {
-                Width::Pair => args.column_tiles::<S, 2>(column),
-                Width::Single => args.column_tiles::<S, 1>(column),
-                Width::Half => args.column_tiles::<S::Half, 1>(column),
+                Width::Pair => args.column_tiles::<S, 2>(column, ahead),
+                Width::Single => args.column_tiles::<S, 1>(column, ahead),
+                Width::Half => args.column_tiles::<S::Half, 1>(column, ahead),
             }
         }
         column += width.lanes::<S>();
@@ -418,11 +472,11 @@ unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed) {
 }
 
 dispatch! {
-    /// C = Pᵀ·Q, or C += Pᵀ·Q.
+    /// C = Pᵀ·Q, or C += Pᵀ·Q; fetches `ahead` on the way.
     ///
     /// # Safety
     /// `isa` must be available; all pointers must be valid for what [`MultiplyTransposed`] says.
-    pub(crate) unsafe fn multiply_transposed(args: &MultiplyTransposed) = multiply_transposed_body;
+    pub(crate) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut Prefetch) = multiply_transposed_body;
 }
 
 #[cfg(test)]
@@ -461,7 +515,7 @@ mod tests {
             epilogue,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply(isa, &args) };
+        unsafe { multiply(isa, &args, &mut Prefetch::new(&[], &[])) };
         (c, sums)
     }
 
@@ -543,7 +597,7 @@ mod tests {
             accumulate,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply_transposed(isa, &args) };
+        unsafe { multiply_transposed(isa, &args, &mut Prefetch::new(&[], &[])) };
         c.chunks(padded(n)).flat_map(|row| row[..n].to_vec()).collect()
     }
 

@@ -9,9 +9,10 @@
 //! both products; what the layer below needs is summed in the same pass ([`InputGradient`], [`BackwardActivated`]).
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::Executor;
-use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, padded, scratch_stride};
+use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, Prefetch, padded, scratch_stride};
 use super::row_plan::{BLOCK_ROWS, RowBlock, RowTask};
 use super::row_sweeps::{
     ACTIVATION_SUMS, Activate, ActivateBackward, ColumnSums, FinishGradient, FormGradient, Normalize,
@@ -305,7 +306,8 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         }
         let slab = scratch.take(BLOCK_ROWS * slab_stride);
         totals.fill(0.0);
-        for block in plan.blocks(&tasks[task]) {
+        for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
+            let mut ahead = operand.ahead(plan.rows_after(&tasks, task, index, pool.threads()), inputs);
             // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
             unsafe {
                 operand.prepare(isa, block, inputs);
@@ -340,7 +342,7 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
                         b_panel_stride: inputs * PANEL,
                         epilogue,
                     };
-                    gemm::multiply(isa, &product);
+                    gemm::multiply(isa, &product, &mut ahead);
                 }
                 for row in (0..block.rows).filter(|_| stride > outputs) {
                     c.add(row * stride + outputs).write_bytes(0, stride - outputs);
@@ -510,6 +512,7 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
         totals.fill(0.0);
         let (below_totals, bias_totals) = totals.split_at_mut(2 * inputs);
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
+            let mut ahead = output_gradient.ahead(plan.rows_after(tasks, task, index, pool.threads()));
             // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
             unsafe {
                 let at = block.row * inputs;
@@ -529,7 +532,7 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
                                 ..Epilogue::store(dx.get().add(at), inputs)
                             },
                         };
-                        gemm::multiply(isa, &product);
+                        gemm::multiply(isa, &product, &mut ahead);
                     }
                     let product = MultiplyTransposed {
                         depth: block.rows,
@@ -543,7 +546,7 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
                         c_stride: padded(outputs),
                         accumulate: index > 0,
                     };
-                    gemm::multiply_transposed(isa, &product);
+                    gemm::multiply_transposed(isa, &product, &mut ahead);
                     if partials.has_bias() {
                         let (x, sums) = (slab.cast_const(), bias_sums.add(first));
                         sweep(
@@ -685,6 +688,8 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
         let mut span = first_spans[task];
         let mut image = None;
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
+            let next = plan.rows_after(tasks, task, index, pool.threads());
+            let mut ahead = Prefetch::new(&input.raw[next.start * inputs..next.end * inputs], &[]);
             // SAFETY: the sizes are checked above; the rows of a block and the totals of a span belong to one task.
             unsafe {
                 if image.is_some_and(|image| image != block.image) {
@@ -721,7 +726,7 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
                         b_panel_stride: outputs * PANEL,
                         epilogue: Epilogue::store(tile, tile_stride),
                     };
-                    gemm::multiply(isa, &product);
+                    gemm::multiply(isa, &product, &mut ahead);
                     let at = block.row * inputs + first;
                     with_activation!(input.act, A => {
                         let pass = ActivateBackward::<A> {
@@ -758,7 +763,7 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
                         c_stride: padded(outputs),
                         accumulate: index > 0,
                     };
-                    gemm::multiply_transposed(isa, &product);
+                    gemm::multiply_transposed(isa, &product, &mut ahead);
                 }
             }
         }
@@ -812,6 +817,19 @@ impl<'a> LeftOperand<'a> {
                     x: SharedPtr::new(x),
                 }
             }
+        }
+    }
+
+    /// What a block with these rows will read.
+    fn ahead(&self, rows: Range<usize>, channels: usize) -> Prefetch {
+        let range = rows.start * channels..rows.end * channels;
+        match self {
+            Self::Plain(x) => Prefetch::new(&x[range], &[]),
+            Self::Activated(input) => Prefetch::new(&input.raw[range], &[]),
+            Self::Normalized { raw, residual, .. } => Prefetch::new(
+                &raw[range.clone()],
+                residual.map_or(&[], |residual| &residual[range]),
+            ),
         }
     }
 
@@ -927,6 +945,17 @@ impl OutputGradient<'_> {
                 a.check("a", plan, channels);
                 b.check("b", plan, channels);
                 c.check("c", plan, channels);
+            }
+        }
+    }
+
+    /// What a block with these rows will read.
+    fn ahead(&self, rows: Range<usize>) -> Prefetch {
+        match *self {
+            Self::Plain { dy, stride } => Prefetch::new(&dy[rows.start * stride..rows.end * stride], &[]),
+            Self::Normalized { dz, y, stride, .. } => {
+                let range = rows.start * stride..rows.end * stride;
+                Prefetch::new(&dz[range.clone()], &y[range])
             }
         }
     }
@@ -1074,14 +1103,19 @@ fn image_spans(plan: &RowPlan, tasks: &[RowTask]) -> (Vec<usize>, Vec<usize>) {
 }
 
 /// Adds each part's totals, `width` long, to those of its owner.
-fn reduce_totals(totals: &[f64], owners: impl Iterator<Item = usize>, sums: &mut [f64], width: usize) {
+pub(super) fn reduce_totals(
+    totals: &[f64],
+    owners: impl Iterator<Item = usize>,
+    sums: &mut [f64],
+    width: usize,
+) {
     sums.fill(0.0);
     for (owner, totals) in owners.zip(totals.chunks_exact(width)) {
         add(&mut sums[owner * width..], totals);
     }
 }
 
-fn add(sums: &mut [f64], values: &[f64]) {
+pub(super) fn add(sums: &mut [f64], values: &[f64]) {
     for (sum, value) in sums.iter_mut().zip(values) {
         *sum += value;
     }
@@ -1091,7 +1125,7 @@ fn add(sums: &mut [f64], values: &[f64]) {
 ///
 /// # Safety
 /// `isa` must be available, and there must be as many rows of sums as of totals.
-unsafe fn flush_rows(isa: Isa, sums: *mut f32, stride: usize, totals: &mut [f64], columns: usize) {
+pub(super) unsafe fn flush_rows(isa: Isa, sums: *mut f32, stride: usize, totals: &mut [f64], columns: usize) {
     for (row, totals) in totals.chunks_exact_mut(columns).enumerate() {
         // SAFETY: the caller's promise.
         unsafe {
@@ -1108,7 +1142,7 @@ unsafe fn flush_rows(isa: Isa, sums: *mut f32, stride: usize, totals: &mut [f64]
 ///
 /// # Safety
 /// The buffer must hold it, and nobody else may use it at the same time.
-unsafe fn part<'a, T>(buffer: SharedPtr<T>, index: usize, len: usize) -> &'a mut [T] {
+pub(super) unsafe fn part<'a, T>(buffer: SharedPtr<T>, index: usize, len: usize) -> &'a mut [T] {
     // SAFETY: the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(buffer.get().add(index * len), len) }
 }
@@ -1132,14 +1166,14 @@ impl ReadPtr {
 }
 
 /// Whether all rows start on 64-byte boundaries, which streaming stores of all widths need.
-fn rows_are_aligned(values: &[f32], stride: usize) -> bool {
+pub(super) fn rows_are_aligned(values: &[f32], stride: usize) -> bool {
     values.as_ptr().addr().is_multiple_of(ALIGNMENT) && (stride * size_of::<f32>()).is_multiple_of(ALIGNMENT)
 }
 
 /// # Panics
 /// When a slice has not the length it must have.
 #[track_caller]
-fn check(what: &str, actual: usize, expected: usize) {
+pub(super) fn check(what: &str, actual: usize, expected: usize) {
     assert!(
         actual == expected,
         "{what} holds {actual} values, {expected} expected"

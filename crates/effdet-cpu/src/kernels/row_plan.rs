@@ -120,6 +120,26 @@ impl RowPlan {
         &self.blocks[task.blocks.clone()]
     }
 
+    /// The rows of the block that a worker is likely to turn to after block `index` of `task`: the next one of the task, or
+    /// the first one of the task that it will claim when `threads` threads take turns. Empty where there is none.
+    pub(crate) fn rows_after(
+        &self,
+        tasks: &[RowTask],
+        task: usize,
+        index: usize,
+        threads: usize,
+    ) -> Range<usize> {
+        let next = tasks[task].blocks.start + index + 1;
+        let next = if next < tasks[task].blocks.end {
+            Some(next)
+        } else {
+            tasks.get(task + threads).map(|t| t.blocks.start)
+        };
+        next.map_or(0..0, |next| {
+            self.blocks[next].row..self.blocks[next].row + self.blocks[next].rows
+        })
+    }
+
     /// Cuts each group into tasks of about equal size, about `limit` in all and at most one more per group.
     pub(crate) fn tasks(&self, limit: usize) -> Vec<RowTask> {
         let quota = self.blocks.len().div_ceil(limit).max(1);

@@ -68,7 +68,7 @@ dispatch! {
 }
 
 #[inline(always)]
-unsafe fn load<S: Simd, const WHOLE: bool>(source: *const f32, lanes: usize) -> S::V {
+pub(crate) unsafe fn load<S: Simd, const WHOLE: bool>(source: *const f32, lanes: usize) -> S::V {
     // SAFETY: the caller promises `lanes` values, all of them if WHOLE.
     unsafe {
         if WHOLE {
@@ -80,7 +80,7 @@ unsafe fn load<S: Simd, const WHOLE: bool>(source: *const f32, lanes: usize) -> 
 }
 
 #[inline(always)]
-unsafe fn store<S: Simd, const WHOLE: bool>(target: *mut f32, v: S::V, lanes: usize) {
+pub(crate) unsafe fn store<S: Simd, const WHOLE: bool>(target: *mut f32, v: S::V, lanes: usize) {
     // SAFETY: as in `load`.
     unsafe {
         if WHOLE {
