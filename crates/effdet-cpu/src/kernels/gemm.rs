@@ -263,12 +263,12 @@ impl Multiply {
         }
     }
 
-    /// R whole rows.
+    /// R rows of the columns below `end`.
     #[inline(always)]
-    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize, ahead: &mut Prefetch) {
+    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize, end: usize, ahead: &mut Prefetch) {
         let mut column = 0;
-        while column < self.columns {
-            let width = Width::of::<S>(self.columns - column);
+        while column < end {
+            let width = Width::of::<S>(end - column);
             // SAFETY: tiles inside the operands the caller promises.
             unsafe {
                 match width {
@@ -279,6 +279,35 @@ impl Multiply {
             }
             column += width.lanes::<S>();
         }
+    }
+
+    /// All rows of three vectors of columns.
+    #[inline(always)]
+    unsafe fn triple_tiles<S: Simd>(&self, column: usize, ahead: &mut Prefetch) {
+        let mut row = 0;
+        // SAFETY: tiles inside the operands the caller promises.
+        unsafe {
+            while row + 4 <= self.rows {
+                self.tile::<S, 4, 3>(row, column, ahead);
+                row += 4;
+            }
+            while row < self.rows {
+                self.tile::<S, 1, 3>(row, column, ahead);
+                row += 1;
+            }
+        }
+    }
+}
+
+/// The columns before those that are better worked on in one tile of three vectors: where there are 16 registers, a single
+/// vector at the end would keep too few chains of multiply-adds going.
+#[inline(always)]
+const fn before_triple<S: Simd>(columns: usize) -> usize {
+    let rest = columns % (2 * S::LANES);
+    if S::LANES == 8 && columns > 2 * S::LANES && rest > 0 && rest <= S::LANES {
+        columns - rest - 2 * S::LANES
+    } else {
+        columns
     }
 }
 
@@ -316,30 +345,34 @@ impl Width {
 
 #[inline(always)]
 unsafe fn multiply_body<S: Simd>(args: &Multiply, ahead: &mut Prefetch) {
+    let end = before_triple::<S>(args.columns);
     let mut row = 0;
     // SAFETY: tiles inside the operands the caller promises.
     unsafe {
         // 24 accumulators where there are 32 registers, 12 where there are 16.
         if S::LANES == 16 {
             while row + 12 <= args.rows {
-                args.row_tiles::<S, 12>(row, ahead);
+                args.row_tiles::<S, 12>(row, end, ahead);
                 row += 12;
             }
         }
         while row + 6 <= args.rows {
-            args.row_tiles::<S, 6>(row, ahead);
+            args.row_tiles::<S, 6>(row, end, ahead);
             row += 6;
         }
         if row + 4 <= args.rows {
-            args.row_tiles::<S, 4>(row, ahead);
+            args.row_tiles::<S, 4>(row, end, ahead);
             row += 4;
         }
         if row + 2 <= args.rows {
-            args.row_tiles::<S, 2>(row, ahead);
+            args.row_tiles::<S, 2>(row, end, ahead);
             row += 2;
         }
         if row < args.rows {
-            args.row_tiles::<S, 1>(row, ahead);
+            args.row_tiles::<S, 1>(row, end, ahead);
+        }
+        if end < args.columns {
+            args.triple_tiles::<S>(end, ahead);
         }
     }
 }
@@ -429,6 +462,17 @@ impl MultiplyTransposed {
         let mut row = 0;
         // SAFETY: tiles inside the operands the caller promises.
         unsafe {
+            if V == 3 {
+                while row + 4 <= self.rows {
+                    self.tile::<S, 4, V>(row, column, ahead);
+                    row += 4;
+                }
+                while row < self.rows {
+                    self.tile::<S, 1, V>(row, column, ahead);
+                    row += 1;
+                }
+                return;
+            }
             if S::LANES == 16 {
                 while row + 12 <= self.rows {
                     self.tile::<S, 12, V>(row, column, ahead);
@@ -456,9 +500,10 @@ impl MultiplyTransposed {
 
 #[inline(always)]
 unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed, ahead: &mut Prefetch) {
+    let end = before_triple::<S>(args.columns);
     let mut column = 0;
-    while column < args.columns {
-        let width = Width::of::<S>(args.columns - column);
+    while column < end {
+        let width = Width::of::<S>(end - column);
         // SAFETY: tiles inside the operands the caller promises, rounded up to whole panels.
         unsafe {
             match width {
@@ -468,6 +513,10 @@ unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed, ahead: &m
             }
         }
         column += width.lanes::<S>();
+    }
+    if end < args.columns {
+        // SAFETY: as above.
+        unsafe { args.column_tiles::<S, 3>(end, ahead) }
     }
 }
 
