@@ -1,7 +1,7 @@
 //! Elementwise passes and per-channel sums, for the places where no convolution has them as a prologue or epilogue.
 
 use super::Executor;
-use super::pointwise::{ChannelVectors, RowPlan};
+use super::pointwise::{ChannelVectors, RowPlan, VectorIndex, check};
 use crate::math::Act;
 
 /// An affine map per channel, `scale·raw + shift`: batch norm as its consumers apply it.
@@ -29,6 +29,70 @@ impl<'a> Affine<'a> {
         Self {
             scale: ChannelVectors::per_image(scale),
             shift: ChannelVectors::per_image(shift),
+        }
+    }
+}
+
+/// Channel vectors, or a constant where there are none.
+#[derive(Debug)]
+pub(super) enum Vectors<'a> {
+    Given(ChannelVectors<'a>),
+    Constant(Vec<f32>),
+}
+
+impl<'a> Vectors<'a> {
+    /// # Panics
+    /// When the vectors are not `channels` long for each of `groups` or `images`.
+    #[track_caller]
+    pub(super) fn new(
+        what: &str,
+        vectors: Option<ChannelVectors<'a>>,
+        default: f32,
+        (groups, images, channels): (usize, usize, usize),
+    ) -> Self {
+        match vectors {
+            Some(vectors) => {
+                let count = match vectors.index {
+                    VectorIndex::Group => groups,
+                    VectorIndex::Image => images,
+                };
+                check(what, vectors.values.len(), count * channels);
+                Self::Given(vectors)
+            }
+            None => Self::Constant(vec![default; channels]),
+        }
+    }
+
+    /// The vector of a group and image, from `channel` on.
+    pub(super) fn at(&self, group: usize, image: usize, channels: usize, channel: usize) -> *const f32 {
+        match self {
+            Self::Given(vectors) => {
+                let index = match vectors.index {
+                    VectorIndex::Group => group,
+                    VectorIndex::Image => image,
+                };
+                vectors.values[index * channels + channel..].as_ptr()
+            }
+            Self::Constant(values) => values[channel..].as_ptr(),
+        }
+    }
+}
+
+/// The vectors of an affine map, which may be the identity.
+#[derive(Debug)]
+pub(super) struct AffineVectors<'a> {
+    pub scale: Vectors<'a>,
+    pub shift: Vectors<'a>,
+}
+
+impl<'a> AffineVectors<'a> {
+    /// # Panics
+    /// As [`Vectors::new`].
+    #[track_caller]
+    pub(super) fn new(affine: Option<Affine<'a>>, counts: (usize, usize, usize)) -> Self {
+        Self {
+            scale: Vectors::new("scale", affine.map(|affine| affine.scale), 1.0, counts),
+            shift: Vectors::new("shift", affine.map(|affine| affine.shift), 0.0, counts),
         }
     }
 }

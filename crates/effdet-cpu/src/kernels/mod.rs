@@ -15,6 +15,8 @@ pub(crate) mod row_plan;
 pub(crate) mod row_sweeps;
 pub mod se;
 pub mod stem;
+#[cfg(test)]
+mod testing;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,0 +1,139 @@
+//! The forward pass over one part of the output.
+
+use super::super::row_sweeps::store;
+use super::plan::LANE_GROUP;
+use crate::simd::{Simd, dispatch};
+
+/// Pixels of a line that are worked on for one lane group before the next one: output is written in pieces of this many
+/// neighbouring pixels, while the weights of a lane group stay in registers and L1.
+pub(super) const STRIP_PIXELS: usize = 32;
+
+/// One output line of a part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OutputLine<const K: usize> {
+    /// The K input lines, at the first pixel that the first output pixel needs.
+    pub lines: [*const f32; K],
+    /// Values from one lane group of a line to the next.
+    pub group_stride: usize,
+    pub pixels: usize,
+    pub channels: usize,
+    /// `[lane groups, K·K, 16]`.
+    pub weights: *const f32,
+    /// First pixel of the output tensor.
+    pub y: *mut f32,
+    /// Values from one pixel of the output tensor to the next.
+    pub pixel_stride: usize,
+    pub streaming: bool,
+    /// Σy and then Σy² are added here, `sums_stride` apart; null where not needed.
+    pub sums: *mut f32,
+    pub sums_stride: usize,
+}
+
+/// Convolves P neighbouring pixels, one vector of channels each. Every element is one chain over (ky, kx).
+#[inline(always)]
+unsafe fn tile<S: Simd, const K: usize, const ST: usize, const P: usize>(
+    lines: &[*const f32; K],
+    at: usize,
+    weights: *const f32,
+) -> [S::V; P] {
+    // SAFETY: the lines reach (P − 1)·ST + K pixels past `at`.
+    unsafe {
+        let mut out = [S::zero(); P];
+        for (ky, line) in lines.iter().enumerate() {
+            let line = line.add(at);
+            for kx in 0..K {
+                let w = S::load(weights.add((ky * K + kx) * LANE_GROUP));
+                for (p, out) in out.iter_mut().enumerate() {
+                    *out = S::fma(S::load(line.add((p * ST + kx) * LANE_GROUP)), w, *out);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// The vectors of channels at `channel`, for pixels `from..to`.
+#[inline(always)]
+unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
+    line: &OutputLine<K>,
+    (from, to): (usize, usize),
+    channel: usize,
+    lanes: usize,
+) {
+    // SAFETY: pixels and channels of the line.
+    unsafe {
+        let (group, lane) = (channel / LANE_GROUP, channel % LANE_GROUP);
+        let weights = line.weights.add(group * K * K * LANE_GROUP + lane);
+        let source = group * line.group_stride + lane;
+        let (mut sum, mut squares) = (S::zero(), S::zero());
+        let with_sums = !line.sums.is_null();
+        if with_sums {
+            sum = S::load(line.sums.add(channel));
+            squares = S::load(line.sums.add(line.sums_stride + channel));
+        }
+        let mut pixel = from;
+        macro_rules! tiles {
+            ($pixels:literal) => {
+                while pixel + ($pixels - 1) < to {
+                    let out =
+                        tile::<S, K, ST, $pixels>(&line.lines, source + pixel * ST * LANE_GROUP, weights);
+                    let y = line.y.add(pixel * line.pixel_stride + channel);
+                    if WHOLE && line.streaming {
+                        for (p, &v) in out.iter().enumerate() {
+                            S::stream(y.add(p * line.pixel_stride), v);
+                        }
+                    } else {
+                        for (p, &v) in out.iter().enumerate() {
+                            store::<S, WHOLE>(y.add(p * line.pixel_stride), v, lanes);
+                        }
+                    }
+                    if with_sums {
+                        for v in out {
+                            sum = S::add(sum, v);
+                            squares = S::fma(v, v, squares);
+                        }
+                    }
+                    pixel += $pixels;
+                }
+            };
+        }
+        if S::LANES == LANE_GROUP {
+            tiles!(8);
+        }
+        tiles!(4);
+        tiles!(1);
+        if with_sums {
+            S::store(line.sums.add(channel), sum);
+            S::store(line.sums.add(line.sums_stride + channel), squares);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn output_line_body<S: Simd, const K: usize, const ST: usize>(line: &OutputLine<K>) {
+    let mut from = 0;
+    while from < line.pixels {
+        let to = (from + STRIP_PIXELS).min(line.pixels);
+        let mut channel = 0;
+        // SAFETY: pixels and channels of the line.
+        unsafe {
+            while channel + S::LANES <= line.channels {
+                strip::<S, K, ST, true>(line, (from, to), channel, S::LANES);
+                channel += S::LANES;
+            }
+            if channel < line.channels {
+                strip::<S, K, ST, false>(line, (from, to), channel, line.channels - channel);
+            }
+        }
+        from = to;
+    }
+}
+
+dispatch! {
+    /// Computes one output line.
+    ///
+    /// # Safety
+    /// `isa` must be available and all pointers valid.
+    pub(super) unsafe fn output_line[const K: usize, const ST: usize][K, ST](line: &OutputLine<K>)
+        = output_line_body;
+}

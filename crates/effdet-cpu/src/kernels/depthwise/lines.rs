@@ -1,0 +1,284 @@
+//! Line buffers: activated input or formed gradient, a line at a time, laid out for the register tiles.
+//!
+//! A line is `[lane group][pixel][16 channels]`, so that a tile finds neighbouring pixels at fixed distances.
+
+use std::marker::PhantomData;
+
+use super::super::row_sweeps::load;
+use super::plan::LANE_GROUP;
+use crate::math::Activation;
+use crate::simd::{Isa, Simd, dispatch};
+
+/// Pixels that share one load of the channels' vectors.
+const PIXELS: usize = 4;
+
+/// Where a line goes, and the channels it has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Line {
+    pub pixels: usize,
+    pub channels: usize,
+    /// Values from one pixel of the tensor to the next.
+    pub pixel_stride: usize,
+    /// First pixel in the line buffer.
+    pub out: *mut f32,
+    /// Values from one lane group of the line buffer to the next.
+    pub group_stride: usize,
+}
+
+impl Line {
+    #[inline(always)]
+    unsafe fn place(&self, pixel: usize, channel: usize) -> *mut f32 {
+        let at = channel / LANE_GROUP * self.group_stride + pixel * LANE_GROUP + channel % LANE_GROUP;
+        // SAFETY: inside the line by the caller's promise.
+        unsafe { self.out.add(at) }
+    }
+}
+
+/// What a line is made of.
+///
+/// # Safety
+/// Implementations hold pointers; whoever makes one answers for these being valid for the line.
+pub(super) trait LineSource {
+    /// The vector of a channel for `P` pixels from `pixel` on.
+    unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
+        &self,
+        first: usize,
+        stride: usize,
+        channel: usize,
+        lanes: usize,
+    ) -> [S::V; P];
+}
+
+#[inline(always)]
+unsafe fn fill_pixels<S: Simd, T: LineSource, const P: usize>(line: &Line, source: &T, pixel: usize) {
+    let mut channel = 0;
+    // SAFETY: inside the line by the caller's promise; a line buffer holds whole lane groups.
+    unsafe {
+        let first = pixel * line.pixel_stride;
+        while channel + S::LANES <= line.channels {
+            let vectors = source.vectors::<S, P, true>(first + channel, line.pixel_stride, channel, S::LANES);
+            let out = line.place(pixel, channel);
+            for (i, v) in vectors.into_iter().enumerate() {
+                S::store(out.add(i * LANE_GROUP), v);
+            }
+            channel += S::LANES;
+        }
+        if channel < line.channels {
+            let lanes = line.channels - channel;
+            let vectors = source.vectors::<S, P, false>(first + channel, line.pixel_stride, channel, lanes);
+            let out = line.place(pixel, channel);
+            for (i, v) in vectors.into_iter().enumerate() {
+                S::store(out.add(i * LANE_GROUP), v);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn fill_body<S: Simd, T: LineSource>(line: &Line, source: &T) {
+    let mut pixel = 0;
+    // SAFETY: pixels of the line.
+    unsafe {
+        while pixel + PIXELS <= line.pixels {
+            fill_pixels::<S, T, PIXELS>(line, source, pixel);
+            pixel += PIXELS;
+        }
+        while pixel < line.pixels {
+            fill_pixels::<S, T, 1>(line, source, pixel);
+            pixel += 1;
+        }
+    }
+}
+
+dispatch! {
+    /// Makes a line.
+    ///
+    /// # Safety
+    /// `isa` must be available and all pointers valid.
+    pub(super) unsafe fn fill[T: LineSource][T](line: &Line, source: &T) = fill_body;
+}
+
+/// `act(scale·raw + shift)`.
+#[derive(Debug)]
+pub(super) struct ActivatedLine<A> {
+    pub raw: *const f32,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    pub act: PhantomData<A>,
+}
+
+impl<A: Activation> LineSource for ActivatedLine<A> {
+    #[inline(always)]
+    unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
+        &self,
+        first: usize,
+        stride: usize,
+        channel: usize,
+        lanes: usize,
+    ) -> [S::V; P] {
+        // SAFETY: inside the line.
+        unsafe {
+            let scale = load::<S, WHOLE>(self.scale.add(channel), lanes);
+            let shift = load::<S, WHOLE>(self.shift.add(channel), lanes);
+            let mut out = [S::zero(); P];
+            for (i, out) in out.iter_mut().enumerate() {
+                let raw = load::<S, WHOLE>(self.raw.add(first + i * stride), lanes);
+                *out = A::value::<S>(S::fma(raw, scale, shift));
+            }
+            out
+        }
+    }
+}
+
+/// A tensor as it is.
+#[derive(Debug)]
+pub(super) struct PlainLine {
+    pub values: *const f32,
+}
+
+impl LineSource for PlainLine {
+    #[inline(always)]
+    unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
+        &self,
+        first: usize,
+        stride: usize,
+        _channel: usize,
+        lanes: usize,
+    ) -> [S::V; P] {
+        // SAFETY: inside the line.
+        unsafe {
+            let mut out = [S::zero(); P];
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = load::<S, WHOLE>(self.values.add(first + i * stride), lanes);
+            }
+            out
+        }
+    }
+}
+
+/// `act'(scale·y + shift)·(gain·da + offset) + b·y + c`.
+#[derive(Debug)]
+pub(super) struct GradientLine<A> {
+    pub da: *const f32,
+    pub y: *const f32,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    pub gain: *const f32,
+    pub offset: *const f32,
+    pub b: *const f32,
+    pub c: *const f32,
+    pub act: PhantomData<A>,
+}
+
+impl<A: Activation> LineSource for GradientLine<A> {
+    #[inline(always)]
+    unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
+        &self,
+        first: usize,
+        stride: usize,
+        channel: usize,
+        lanes: usize,
+    ) -> [S::V; P] {
+        // SAFETY: inside the line.
+        unsafe {
+            let scale = load::<S, WHOLE>(self.scale.add(channel), lanes);
+            let shift = load::<S, WHOLE>(self.shift.add(channel), lanes);
+            let gain = load::<S, WHOLE>(self.gain.add(channel), lanes);
+            let offset = load::<S, WHOLE>(self.offset.add(channel), lanes);
+            let b = load::<S, WHOLE>(self.b.add(channel), lanes);
+            let c = load::<S, WHOLE>(self.c.add(channel), lanes);
+            let mut out = [S::zero(); P];
+            for (i, out) in out.iter_mut().enumerate() {
+                let at = first + i * stride;
+                let y = load::<S, WHOLE>(self.y.add(at), lanes);
+                let da = load::<S, WHOLE>(self.da.add(at), lanes);
+                let (_, slope) = A::value_and_slope::<S>(S::fma(y, scale, shift));
+                *out = S::fma(slope, S::fma(da, gain, offset), S::fma(y, b, c));
+            }
+            out
+        }
+    }
+}
+
+/// One lane group of a few neighbouring pixels, which is activated for the backward tiles.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Strip {
+    pub pixels: usize,
+    /// Channels that exist, up to 16.
+    pub channels: usize,
+    pub raw: *const f32,
+    pub pixel_stride: usize,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    /// `[pixels, 16]`.
+    pub act: *mut f32,
+    /// `[pixels, 16]`.
+    pub slope: *mut f32,
+}
+
+#[inline(always)]
+unsafe fn activate_strip_vector<S: Simd, A: Activation, const WHOLE: bool>(
+    strip: &Strip,
+    channel: usize,
+    lanes: usize,
+) {
+    // SAFETY: inside the strip.
+    unsafe {
+        let scale = load::<S, WHOLE>(strip.scale.add(channel), lanes);
+        let shift = load::<S, WHOLE>(strip.shift.add(channel), lanes);
+        for pixel in 0..strip.pixels {
+            let raw = load::<S, WHOLE>(strip.raw.add(pixel * strip.pixel_stride + channel), lanes);
+            let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
+            S::store(strip.act.add(pixel * LANE_GROUP + channel), act);
+            S::store(strip.slope.add(pixel * LANE_GROUP + channel), slope);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activate_strip_body<S: Simd, A: Activation>(strip: &Strip) {
+    let mut channel = 0;
+    // SAFETY: inside the strip, whose buffers hold 16 lanes.
+    unsafe {
+        while channel + S::LANES <= strip.channels {
+            activate_strip_vector::<S, A, true>(strip, channel, S::LANES);
+            channel += S::LANES;
+        }
+        if channel < strip.channels {
+            activate_strip_vector::<S, A, false>(strip, channel, strip.channels - channel);
+        }
+    }
+}
+
+dispatch! {
+    /// Makes activation and slope of a strip.
+    ///
+    /// # Safety
+    /// `isa` must be available and all pointers valid.
+    pub(super) unsafe fn activate_strip[A: Activation][A](strip: &Strip) = activate_strip_body;
+}
+
+/// A function that [`activate_strip`] gives for an activation.
+pub(super) type ActivateStrip = unsafe fn(Isa, &Strip);
+
+/// Sets the pixels of every lane group outside `from..to` to 0.
+///
+/// # Safety
+/// The line must hold `groups` lane groups of `pixels` pixels.
+pub(super) unsafe fn clear_margins(
+    line: *mut f32,
+    groups: usize,
+    group_stride: usize,
+    (from, to): (usize, usize),
+    pixels: usize,
+) {
+    for group in 0..groups {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let line = line.add(group * group_stride);
+            line.write_bytes(0, from * LANE_GROUP);
+            line.add(to * LANE_GROUP)
+                .write_bytes(0, (pixels - to) * LANE_GROUP);
+        }
+    }
+}
