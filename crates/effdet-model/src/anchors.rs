@@ -197,9 +197,12 @@ fn check(config: &AnchorConfig) -> Result<(), AnchorError> {
     if num_scales == 0 || aspects == 0 {
         return Err(AnchorError::NoShapes { num_scales, aspects });
     }
-    let positive = |what, value: f64| match value.is_finite() && value > 0.0 {
-        true => Ok(()),
-        false => Err(AnchorError::Factor { what, value }),
+    let positive = |what, value: f64| {
+        if value.is_finite() && value > 0.0 {
+            Ok(())
+        } else {
+            Err(AnchorError::Factor { what, value })
+        }
     };
     for &Aspect(x, y) in &config.aspect_ratios {
         positive("aspect x factor", x)?;

@@ -41,7 +41,7 @@ pub fn decode(code: [f32; 4], anchor_yxyx_px: [f32; 4]) -> [f32; 4] {
     [yc - h / 2.0, xc - w / 2.0, yc + h / 2.0, xc + w / 2.0]
 }
 
-/// Area `(ymax − ymin)·(xmax − xmin)` in square pixels; negative or positive for inverted boxes.
+/// Area `(ymax − ymin)·(xmax − xmin)` in square pixels; meaningless for inverted boxes.
 #[inline]
 pub fn area(box_yxyx_px: [f32; 4]) -> f32 {
     let [ymin, xmin, ymax, xmax] = box_yxyx_px;

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 const IMAGE_SCALES: [f32; 2] = [1.5, 0.8];
 const IMAGE_IDS: [f64; 2] = [139.0, 285.0];
-const PIXELS: f64 = 1e-3;
+const PIXELS: f64 = 1e-4;
 const SCORE: f64 = 1e-6;
 
 fn golden(key: &str) -> &'static Value {

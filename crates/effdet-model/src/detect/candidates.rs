@@ -151,14 +151,15 @@ fn level_of_image<'a>(
     let slice = |what, values: &'a [f32], per_anchor: usize| {
         let len = grid.range.len() * per_anchor;
         let (actual, expected) = (values.len(), len * batch);
-        match actual == expected {
-            true => Ok(&values[image * len..(image + 1) * len]),
-            false => Err(DetectError::Shape {
+        if actual == expected {
+            Ok(&values[image * len..(image + 1) * len])
+        } else {
+            Err(DetectError::Shape {
                 what,
                 level: grid.level,
                 actual,
                 expected,
-            }),
+            })
         }
     };
     Ok(LevelHeads {

@@ -40,9 +40,10 @@ impl Focal {
     pub fn evaluate(&self, logit: f64, positive: bool) -> Term {
         let target = if positive { 1.0 } else { 0.0 };
         let smoothed = target * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing;
-        let (weight, wrongness) = match positive {
-            true => (self.alpha, logit),
-            false => (1.0 - self.alpha, -logit),
+        let (weight, wrongness) = if positive {
+            (self.alpha, logit)
+        } else {
+            (1.0 - self.alpha, -logit)
         };
         let modulator = (-self.gamma * softplus(wrongness)).exp();
         let cross_entropy = cross_entropy(logit, smoothed);

@@ -279,15 +279,18 @@ fn check_shapes(
 ) -> Result<(), LossError> {
     let rows = targets.class_targets.len();
     let images = rows / anchors.len().max(1);
-    let expect = |what, actual, expected| match actual == expected {
-        true => Ok(()),
-        false => Err(LossError::Shape {
-            what,
-            actual,
-            expected,
-            images,
-            anchors: anchors.len(),
-        }),
+    let expect = |what, actual, expected| {
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(LossError::Shape {
+                what,
+                actual,
+                expected,
+                images,
+                anchors: anchors.len(),
+            })
+        }
     };
     expect("class targets", rows, images * anchors.len())?;
     expect("box targets", targets.box_targets.len(), 4 * rows)?;
@@ -307,9 +310,10 @@ fn check_shapes(
         heads.num_classes.max(1),
     )?;
     let normalizer = targets.normalizer;
-    match normalizer.is_finite() && normalizer > 0.0 {
-        true => Ok(()),
-        false => Err(LossError::Normalizer { normalizer }),
+    if normalizer.is_finite() && normalizer > 0.0 {
+        Ok(())
+    } else {
+        Err(LossError::Normalizer { normalizer })
     }
 }
 
