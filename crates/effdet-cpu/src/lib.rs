@@ -6,4 +6,5 @@ pub mod arena;
 pub mod kernels;
 pub mod math;
 pub mod pool;
+pub mod reference;
 pub mod simd;

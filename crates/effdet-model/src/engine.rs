@@ -131,6 +131,9 @@ pub enum EngineError {
         /// Those that would work.
         available: String,
     },
+    /// The targets do not fit the network.
+    #[error(transparent)]
+    Targets(#[from] crate::loss::LossError),
 }
 
 /// Runs one network.

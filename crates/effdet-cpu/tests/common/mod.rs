@@ -1,0 +1,3 @@
+//! Shared by the integration tests of engines.
+
+pub mod golden;
