@@ -1,0 +1,498 @@
+//! From RGB bytes and boxes to the network's input: normalise, flip, scale jitter, crop, resize, pad.
+//!
+//! Everything runs in float32 in the reference's order of operations, without fused multiply-add, so results agree with it bit
+//! for bit where golden vectors exist. Source: the reference's `dataset/dataloader.py`, `object_detection/preprocessor.py`.
+
+use effdet_model::hparams::{HParams, ImageSize, Profile, ResizeRule};
+use effdet_model::rng::{Draws, Purpose};
+use image::RgbImage;
+
+/// How images and boxes are prepared.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreprocessConfig {
+    /// Network input size.
+    pub image_size: ImageSize,
+    /// Reference size of the scale jitter.
+    pub target_size: ImageSize,
+    /// Source index rule.
+    pub resize_rule: ResizeRule,
+    /// Smallest scale of the jitter.
+    pub jitter_min: f32,
+    /// Largest scale of the jitter.
+    pub jitter_max: f32,
+    /// Flip with probability one half.
+    pub random_flip: bool,
+    /// Normalised value of every byte, per colour.
+    lut: [[f32; 256]; 3],
+}
+
+impl PreprocessConfig {
+    /// The preparation that `hparams` ask for.
+    pub fn new(hparams: &HParams) -> Self {
+        Self {
+            image_size: hparams.image_size,
+            target_size: hparams.target_size.unwrap_or(hparams.image_size),
+            resize_rule: hparams.resize_rule,
+            jitter_min: hparams.jitter_min as f32,
+            jitter_max: hparams.jitter_max as f32,
+            random_flip: hparams.input_rand_hflip,
+            lut: normalization_table(hparams),
+        }
+    }
+}
+
+/// Normalised value of every byte.
+///
+/// Seed: `(p·(1/255) − mean)/stddev` with both in units of `[0, 1]`; automl: `(p − mean)/stddev` in units of `[0, 255]`.
+fn normalization_table(hparams: &HParams) -> [[f32; 256]; 3] {
+    std::array::from_fn(|channel| {
+        let (mean, stddev) = (hparams.mean_rgb[channel], hparams.stddev_rgb[channel]);
+        std::array::from_fn(|byte| match hparams.profile {
+            Profile::Seed => {
+                let (mean, stddev) = ((mean / 255.0) as f32, (stddev / 255.0) as f32);
+                (byte as f32 * (1.0 / 255.0) - mean) / stddev
+            }
+            Profile::Google => (byte as f32 - mean as f32) / stddev as f32,
+        })
+    })
+}
+
+/// Where an image goes: scaled size, crop offset and flip.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Placement {
+    /// Scale s; boxes in input pixels divided by it are in original pixels.
+    pub scale: f32,
+    /// Height after scaling.
+    pub scaled_height: usize,
+    /// Width after scaling.
+    pub scaled_width: usize,
+    /// First scaled row that is kept.
+    pub offset_y: usize,
+    /// First scaled column that is kept.
+    pub offset_x: usize,
+    /// Whether the image is mirrored first.
+    pub flip: bool,
+}
+
+impl Placement {
+    /// Evaluation: the whole image, as large as fits.
+    pub fn evaluation(config: &PreprocessConfig, height: usize, width: usize) -> Self {
+        let ImageSize {
+            height: out_height,
+            width: out_width,
+        } = config.image_size;
+        let scale = (out_width as f32 / width as f32).min(out_height as f32 / height as f32);
+        Self::scaled(height, width, scale)
+    }
+
+    /// Training: random scale and crop from the draws `u` = [scale, vertical offset, horizontal offset] in [0, 1).
+    pub fn training(config: &PreprocessConfig, height: usize, width: usize, u: [f32; 3], flip: bool) -> Self {
+        let jitter = u[0] * (config.jitter_max - config.jitter_min) + config.jitter_min;
+        let scaled = |target: usize| (jitter * target as f32) as usize;
+        let by_height = scaled(config.target_size.height) as f32 / height as f32;
+        let by_width = scaled(config.target_size.width) as f32 / width as f32;
+        let placed = Self::scaled(height, width, by_width.min(by_height));
+        let offset = |scaled: usize, out: usize, u: f32| (scaled.saturating_sub(out) as f32 * u) as usize;
+        Self {
+            offset_y: offset(placed.scaled_height, config.image_size.height, u[1]),
+            offset_x: offset(placed.scaled_width, config.image_size.width, u[2]),
+            flip,
+            ..placed
+        }
+    }
+
+    /// Training placement of one sample by its key.
+    ///
+    /// # Determinism
+    /// A function of (seed, epoch, sample) alone.
+    pub fn draw(
+        config: &PreprocessConfig,
+        height: usize,
+        width: usize,
+        seed: u64,
+        epoch: u64,
+        sample: u64,
+    ) -> Self {
+        let flip = config.random_flip && Draws::new(seed, Purpose::Flip, epoch, sample).uniform() > 0.5;
+        let mut draws = Draws::new(seed, Purpose::Jitter, epoch, sample);
+        let u = [draws.uniform(), draws.uniform(), draws.uniform()];
+        Self::training(config, height, width, u, flip)
+    }
+
+    fn scaled(height: usize, width: usize, scale: f32) -> Self {
+        // A thin strip may scale to nothing; one row or column of it stays.
+        let scaled = |side: usize| ((side as f32 * scale) as usize).max(1);
+        Self {
+            scale,
+            scaled_height: scaled(height),
+            scaled_width: scaled(width),
+            offset_y: 0,
+            offset_x: 0,
+            flip: false,
+        }
+    }
+
+    /// A box of normalised corners in pixels of the network input, clipped; none when nothing of it is left.
+    ///
+    /// `box_px = box·scaled size − offset`, clipped to `[0, size − 1]`; boxes of zero area are dropped.
+    pub fn place_box(&self, config: &PreprocessConfig, box_yxyx_norm: [f32; 4]) -> Option<[f32; 4]> {
+        let [top, left, bottom, right] = box_yxyx_norm;
+        let (left, right) = if self.flip {
+            (1.0 - right, 1.0 - left)
+        } else {
+            (left, right)
+        };
+        let ImageSize { height, width } = config.image_size;
+        let y =
+            |v: f32| (v * self.scaled_height as f32 - self.offset_y as f32).clamp(0.0, height as f32 - 1.0);
+        let x = |v: f32| (v * self.scaled_width as f32 - self.offset_x as f32).clamp(0.0, width as f32 - 1.0);
+        let placed = [y(top), x(left), y(bottom), x(right)];
+        // NaN areas (from NaN boxes) are dropped by the same comparison.
+        let area = (placed[2] - placed[0]) * (placed[3] - placed[1]);
+        (area > 0.0 || area < 0.0).then_some(placed)
+    }
+}
+
+/// Indices and weight of the two source samples of one output sample.
+#[derive(Debug, Clone, Copy)]
+struct Tap {
+    low: usize,
+    high: usize,
+    weight: f32,
+}
+
+/// Taps of output samples `first..first + count` when `input` samples are resized to `output`.
+fn taps(rule: ResizeRule, input: usize, output: usize, first: usize, count: usize) -> Vec<Tap> {
+    let scale = input as f32 / output as f32;
+    (first..first + count)
+        .map(|i| {
+            let source = match rule {
+                ResizeRule::Legacy => i as f32 * scale,
+                ResizeRule::HalfPixel => (i as f32 + 0.5) * scale - 0.5,
+            };
+            let floor = source.floor();
+            Tap {
+                low: (floor.max(0.0) as usize).min(input - 1),
+                high: (source.ceil().max(0.0) as usize).min(input - 1),
+                weight: source - floor,
+            }
+        })
+        .collect()
+}
+
+/// Normalises, flips, resizes, crops and pads in one pass over the output.
+///
+/// Bilinear without antialiasing, horizontal interpolation first; the rest of the output is 0.
+///
+/// # Shapes
+/// `out`: `[height, width, 3]` of `config.image_size`, overwritten.
+///
+/// # Panics
+/// When `out` has another size or the image is empty.
+pub fn place_image(config: &PreprocessConfig, image: &RgbImage, placement: &Placement, out: &mut [f32]) {
+    let ImageSize { height, width } = config.image_size;
+    assert_eq!(out.len(), height * width * 3, "one network input");
+    let (image_width, image_height) = (image.width() as usize, image.height() as usize);
+    assert!(image_width > 0 && image_height > 0, "an image has pixels");
+    let rows = height.min(placement.scaled_height - placement.offset_y);
+    let columns = width.min(placement.scaled_width - placement.offset_x);
+    let row_taps = taps(
+        config.resize_rule,
+        image_height,
+        placement.scaled_height,
+        placement.offset_y,
+        rows,
+    );
+    let mut column_taps = taps(
+        config.resize_rule,
+        image_width,
+        placement.scaled_width,
+        placement.offset_x,
+        columns,
+    );
+    for tap in &mut column_taps {
+        if placement.flip {
+            (tap.low, tap.high) = (image_width - 1 - tap.low, image_width - 1 - tap.high);
+        }
+        (tap.low, tap.high) = (3 * tap.low, 3 * tap.high);
+    }
+
+    let pixels = image.as_raw();
+    // The two source rows at hand, already interpolated horizontally; consecutive output rows mostly share them.
+    let mut lines = [vec![0.0f32; columns * 3], vec![0.0f32; columns * 3]];
+    let mut held = [usize::MAX; 2];
+    for (row, tap) in row_taps.iter().enumerate() {
+        if held[0] != tap.low && held[1] == tap.low {
+            lines.swap(0, 1);
+            held.swap(0, 1);
+        }
+        for (slot, source) in [tap.low, tap.high].into_iter().enumerate() {
+            if held[slot] != source {
+                let bytes = &pixels[source * image_width * 3..][..image_width * 3];
+                interpolate_line(&config.lut, bytes, &column_taps, &mut lines[slot]);
+                held[slot] = source;
+            }
+        }
+        let target = &mut out[row * width * 3..][..width * 3];
+        let (inside, padding) = target.split_at_mut(columns * 3);
+        for ((value, &top), &bottom) in inside.iter_mut().zip(&lines[0]).zip(&lines[1]) {
+            *value = top + (bottom - top) * tap.weight;
+        }
+        padding.fill(0.0);
+    }
+    out[rows * width * 3..].fill(0.0);
+}
+
+fn interpolate_line(lut: &[[f32; 256]; 3], bytes: &[u8], taps: &[Tap], line: &mut [f32]) {
+    for (target, tap) in line.as_chunks_mut::<3>().0.iter_mut().zip(taps) {
+        for channel in 0..3 {
+            let left = lut[channel][usize::from(bytes[tap.low + channel])];
+            let right = lut[channel][usize::from(bytes[tap.high + channel])];
+            target[channel] = left + (right - left) * tap.weight;
+        }
+    }
+}
+
+/// The plain version of [`place_image`]: every step of the reference on whole images.
+#[cfg(test)]
+fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &Placement) -> Vec<f32> {
+    let (w, h) = (image.width() as usize, image.height() as usize);
+    let mut normalized = vec![0.0f32; w * h * 3];
+    for y in 0..h {
+        for x in 0..w {
+            let source = if placement.flip { w - 1 - x } else { x };
+            for c in 0..3 {
+                let byte = image.get_pixel(source as u32, y as u32).0[c];
+                normalized[(y * w + x) * 3 + c] = config.lut[c][usize::from(byte)];
+            }
+        }
+    }
+    let (sh, sw) = (placement.scaled_height, placement.scaled_width);
+    let (ys, xs) = (
+        taps(config.resize_rule, h, sh, 0, sh),
+        taps(config.resize_rule, w, sw, 0, sw),
+    );
+    let mut resized = vec![0.0f32; sh * sw * 3];
+    for (y, ty) in ys.iter().enumerate() {
+        for (x, tx) in xs.iter().enumerate() {
+            for c in 0..3 {
+                let at = |y: usize, x: usize| normalized[(y * w + x) * 3 + c];
+                let top = at(ty.low, tx.low) + (at(ty.low, tx.high) - at(ty.low, tx.low)) * tx.weight;
+                let bottom = at(ty.high, tx.low) + (at(ty.high, tx.high) - at(ty.high, tx.low)) * tx.weight;
+                resized[(y * sw + x) * 3 + c] = top + (bottom - top) * ty.weight;
+            }
+        }
+    }
+    let ImageSize { height, width } = config.image_size;
+    let mut out = vec![0.0f32; height * width * 3];
+    for y in 0..height.min(sh - placement.offset_y) {
+        for x in 0..width.min(sw - placement.offset_x) {
+            for c in 0..3 {
+                out[(y * width + x) * 3 + c] =
+                    resized[((y + placement.offset_y) * sw + x + placement.offset_x) * 3 + c];
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::Rgb;
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    /// Image of `golden.md`: `(7y + 13x + 31c + 5·((x·y) mod 17)) mod 256`, 37 rows and 53 columns.
+    fn golden_image() -> RgbImage {
+        RgbImage::from_fn(53, 37, |x, y| {
+            Rgb(std::array::from_fn(|c| {
+                ((7 * y + 13 * x + 31 * c as u32 + 5 * ((x * y) % 17)) % 256) as u8
+            }))
+        })
+    }
+
+    const GOLDEN_BOXES: [[f32; 4]; 3] = [
+        [0.1, 0.2, 0.5, 0.6],
+        [0.3, 0.7, 0.95, 1.0],
+        [0.0, 0.0, 0.05, 0.04],
+    ];
+
+    fn config(height: usize, width: usize) -> PreprocessConfig {
+        let mut hparams = HParams::preset("d0").unwrap();
+        hparams.image_size = ImageSize { height, width };
+        PreprocessConfig::new(&hparams)
+    }
+
+    fn golden() -> Value {
+        let text = include_str!("../../../tests/golden/golden.json");
+        serde_json::from_str::<Value>(text).unwrap()["preprocess_losses_postprocess"].clone()
+    }
+
+    fn floats(value: &Value) -> Vec<f64> {
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_f64().unwrap())
+            .collect()
+    }
+
+    /// Compares with a golden entry; gives the largest absolute error of single values.
+    fn check(expected: &Value, config: &PreprocessConfig, placement: &Placement) -> f64 {
+        let mut out = vec![f32::NAN; config.image_size.height * config.image_size.width * 3];
+        place_image(config, &golden_image(), placement, &mut out);
+        let want = &expected["img"];
+        let sum: f64 = out.iter().map(|&v| f64::from(v)).sum();
+        assert!((sum - want["sum"].as_f64().unwrap()).abs() < 1e-2, "sum {sum}");
+        let abs_mean = out.iter().map(|&v| f64::from(v.abs())).sum::<f64>() / out.len() as f64;
+        assert!((abs_mean - want["abs_mean"].as_f64().unwrap()).abs() < 1e-6);
+        let mut worst = 0.0f64;
+        let mut compare = |got: f32, want: f64| worst = worst.max((f64::from(got) - want).abs());
+        for (got, want) in out.iter().zip(floats(&want["first6"])) {
+            compare(*got, want);
+        }
+        compare(out[out.len() / 2], want["mid"].as_f64().unwrap());
+        compare(
+            out.iter().copied().fold(f32::MIN, f32::max),
+            want["max"].as_f64().unwrap(),
+        );
+        compare(
+            out.iter().copied().fold(f32::MAX, f32::min),
+            want["min"].as_f64().unwrap(),
+        );
+        if let Some(pixels) = expected["px"].as_array() {
+            let width = config.image_size.width;
+            let last = (placement.scaled_height - 1, placement.scaled_width - 1);
+            for ((y, x), want) in [(0, 0), (1, 1), (10, 20), last, (63, 63)].into_iter().zip(pixels) {
+                for (got, want) in out[(y * width + x) * 3..].iter().zip(floats(want)) {
+                    compare(*got, want);
+                }
+            }
+        }
+        let boxes: Vec<[f32; 4]> = GOLDEN_BOXES
+            .iter()
+            .filter_map(|&b| placement.place_box(config, b))
+            .collect();
+        let want = expected["boxes"].as_array().unwrap();
+        assert_eq!(boxes.len(), want.len());
+        for (got, want) in boxes.iter().zip(want) {
+            for (got, want) in got.iter().zip(floats(want)) {
+                compare(*got, want);
+            }
+        }
+        worst
+    }
+
+    /// Source: `golden.json`, `eval_HxW_float32`.
+    #[test]
+    fn evaluation_inputs_equal_the_reference() {
+        for (height, width) in [(64, 64), (128, 96)] {
+            let expected = &golden()[format!("eval_{height}x{width}_float32")];
+            let config = config(height, width);
+            let placement = Placement::evaluation(&config, 37, 53);
+            let scaled = [placement.scaled_height as f64, placement.scaled_width as f64];
+            assert_eq!(floats(&expected["scaled"]), scaled);
+            assert_eq!(
+                f64::from(1.0 / placement.scale) as f32,
+                expected["scale"].as_f64().unwrap() as f32
+            );
+            let worst = check(expected, &config, &placement);
+            println!("eval {height}x{width}: largest error {worst:e}");
+            assert!(worst <= 1e-5, "largest error {worst}");
+        }
+    }
+
+    /// Source: `golden.json`, `train_*`.
+    #[test]
+    fn training_inputs_equal_the_reference() {
+        let golden = golden();
+        let names: Vec<&String> = golden
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter(|k| k.starts_with("train_"))
+            .collect();
+        assert_eq!(names.len(), 3);
+        for name in names {
+            let expected = &golden[name];
+            let config = config(64, 64);
+            let u: Vec<f32> = floats(&expected["u"]).iter().map(|&v| v as f32).collect();
+            let placement = Placement::training(&config, 37, 53, [u[0], u[1], u[2]], false);
+            assert_eq!(
+                floats(&expected["scaled"]),
+                [placement.scaled_height as f64, placement.scaled_width as f64]
+            );
+            assert_eq!(
+                floats(&expected["off"]),
+                [placement.offset_y as f64, placement.offset_x as f64]
+            );
+            let worst = check(expected, &config, &placement);
+            println!("{name}: largest error {worst:e}");
+            assert!(worst <= 1e-5, "{name}: largest error {worst}");
+        }
+    }
+
+    /// Source: the specification's list of widths that come out one pixel short at 512.
+    #[test]
+    fn float32_truncation_leaves_some_widths_one_pixel_short() {
+        let config = config(512, 512);
+        let scaled = |width: usize| Placement::evaluation(&config, 100, width).scaled_width;
+        for short in [209, 332, 355, 427, 428] {
+            assert_eq!(scaled(short), 511, "{short}");
+        }
+        for whole in [640, 500, 375] {
+            assert_eq!(scaled(whole), 512, "{whole}");
+        }
+        assert_eq!((200..=640).filter(|&width| scaled(width) == 511).count(), 56);
+    }
+
+    /// Source: the specification's example of both rules.
+    #[test]
+    fn four_samples_resized_to_six_follow_their_rule() {
+        let resize = |rule| -> Vec<f32> {
+            let at = |tap: &Tap| tap.low as f32 + (tap.high as f32 - tap.low as f32) * tap.weight;
+            taps(rule, 4, 6, 0, 6).iter().map(at).collect()
+        };
+        for (rule, expected) in [
+            (ResizeRule::Legacy, [0.0, 0.667, 1.333, 2.0, 2.667, 3.0]),
+            (ResizeRule::HalfPixel, [0.0, 0.5, 1.167, 1.833, 2.5, 3.0]),
+        ] {
+            for (got, want) in resize(rule).into_iter().zip(expected) {
+                assert!((got - want).abs() < 1e-3, "{rule}: {got} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_flipped_box_covers_the_flipped_pixels() {
+        let config = config(64, 64);
+        let placement = Placement {
+            flip: true,
+            ..Placement::evaluation(&config, 64, 64)
+        };
+        assert_eq!(
+            placement.place_box(&config, [0.0, 0.0, 0.5, 0.25]),
+            Some([0.0, 48.0, 32.0, 63.0])
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn the_fused_pass_equals_the_plain_steps(
+            (height, width) in (1usize..40, 1usize..40), (out_height, out_width) in (1usize..48, 1usize..48),
+            u in [0.0f32..1.0, 0.0..1.0, 0.0..1.0], flip: bool, half_pixel: bool, seed: u64,
+        ) {
+            let mut config = config(out_height, out_width);
+            if half_pixel {
+                config.resize_rule = ResizeRule::HalfPixel;
+            }
+            let mut draws = Draws::new(seed, Purpose::Synthetic, 0, 0);
+            let image = RgbImage::from_fn(width as u32, height as u32, |_, _| Rgb(std::array::from_fn(|_| draws.next_u32() as u8)));
+            let placement = Placement::training(&config, height, width, u, flip);
+            let mut out = vec![f32::NAN; out_height * out_width * 3];
+            place_image(&config, &image, &placement, &mut out);
+            prop_assert_eq!(out, place_image_plainly(&config, &image, &placement));
+        }
+    }
+}
