@@ -304,7 +304,7 @@ impl Multiply {
 #[inline(always)]
 const fn before_triple<S: Simd>(columns: usize) -> usize {
     let rest = columns % (2 * S::LANES);
-    if S::LANES == 8 && columns > 2 * S::LANES && rest > 0 && rest <= S::LANES {
+    if S::REGISTERS == 16 && columns > 2 * S::LANES && rest > 0 && rest <= S::LANES {
         columns - rest - 2 * S::LANES
     } else {
         columns
@@ -350,7 +350,7 @@ unsafe fn multiply_body<S: Simd>(args: &Multiply, ahead: &mut Prefetch) {
     // SAFETY: tiles inside the operands the caller promises.
     unsafe {
         // 24 accumulators where there are 32 registers, 12 where there are 16.
-        if S::LANES == 16 {
+        if S::REGISTERS == 32 {
             while row + 12 <= args.rows {
                 args.row_tiles::<S, 12>(row, end, ahead);
                 row += 12;
@@ -473,7 +473,7 @@ impl MultiplyTransposed {
                 }
                 return;
             }
-            if S::LANES == 16 {
+            if S::REGISTERS == 32 {
                 while row + 12 <= self.rows {
                     self.tile::<S, 12, V>(row, column, ahead);
                     row += 12;

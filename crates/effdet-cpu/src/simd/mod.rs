@@ -34,6 +34,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// Number of f32 in a vector; divides 16.
     const LANES: usize;
+    /// Number of vector registers.
+    const REGISTERS: usize;
     /// The vector of half the width where the instruction set has one, otherwise `Self`.
     type Half: Simd;
 

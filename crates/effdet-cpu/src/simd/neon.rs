@@ -23,6 +23,7 @@ impl Simd for Neon {
     type V = float32x4_t;
     type Half = Self;
     const LANES: usize = 4;
+    const REGISTERS: usize = 32;
 
     direct! {
         add(a, b) = vaddq_f32;

@@ -22,6 +22,7 @@ impl Simd for Portable {
     type V = [f32; N];
     type Half = Self;
     const LANES: usize = N;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn zero() -> Self::V {

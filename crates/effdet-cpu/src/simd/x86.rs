@@ -43,6 +43,7 @@ impl Simd for Avx2 {
     type V = __m256;
     type Half = Self;
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
 
     direct! {
         zero() = _mm256_setzero_ps;
@@ -123,6 +124,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type Half = Avx2;
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
 
     direct! {
         zero() = _mm512_setzero_ps;
