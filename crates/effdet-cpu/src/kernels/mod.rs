@@ -8,6 +8,7 @@ pub mod depthwise;
 pub mod elementwise;
 pub mod fuse;
 pub(crate) mod gemm;
+pub(crate) mod lanes;
 pub mod loss;
 pub mod pointwise;
 pub mod resample;
