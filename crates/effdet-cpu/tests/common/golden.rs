@@ -17,6 +17,8 @@ use effdet_model::network::{Network, Variable, VariableKind};
 use effdet_model::weights::Weights;
 use serde_json::Value;
 
+use super::worst::Worst;
+
 /// Images of the golden batch.
 pub const BATCH: usize = 4;
 /// Side of the golden images in pixels.
@@ -27,15 +29,17 @@ const IMAGE_KEY: u64 = 99_999;
 const WEIGHT_DECAY: f64 = 4e-5;
 const CLIP_NORM: f64 = 10.0;
 
-/// Defines one test per group of golden numbers for the engine that an expression of `Arc<Network>` makes.
+/// Defines one test per group of golden numbers for the engine that a closure over `Arc<Network>` makes.
 #[macro_export]
 macro_rules! golden_tests {
-    ($module:ident, $make:expr) => {
-        mod $module {
+    ($make:expr) => {
+        mod golden {
+            use effdet_model::engine::Engine;
+
             use super::*;
             use $crate::common::golden;
 
-            fn engine() -> impl effdet_model::engine::Engine {
+            fn engine() -> impl Engine {
                 #[allow(clippy::redundant_closure_call)]
                 ($make)(golden::network())
             }
@@ -220,60 +224,6 @@ fn numbers(values: &Value) -> Vec<f64> {
 
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap()
-}
-
-/// The largest error of one group of numbers, and where it is.
-struct Worst {
-    group: String,
-    tolerance: f64,
-    error: f64,
-    at: String,
-}
-
-impl Worst {
-    fn new(group: impl Into<String>, tolerance: f64) -> Self {
-        Self {
-            group: group.into(),
-            tolerance,
-            error: 0.0,
-            at: String::new(),
-        }
-    }
-
-    fn relative(&mut self, at: &str, actual: f64, expected: f64) {
-        self.note(at, (actual - expected) / expected.abs().max(f64::MIN_POSITIVE));
-    }
-
-    fn absolute(&mut self, at: &str, actual: f64, expected: f64) {
-        self.note(at, actual - expected);
-    }
-
-    fn note(&mut self, at: &str, error: f64) {
-        // A NaN is worse than anything.
-        if error.is_nan() || error.abs() > self.error {
-            self.error = if error.is_nan() {
-                f64::INFINITY
-            } else {
-                error.abs()
-            };
-            self.at = at.to_owned();
-        }
-    }
-
-    #[track_caller]
-    fn check(self) {
-        let Self {
-            group,
-            tolerance,
-            error,
-            at,
-        } = self;
-        println!("{group}: largest error {error:.2e} at {at}, tolerance {tolerance:.0e}");
-        assert!(
-            error <= tolerance,
-            "{group}: error {error:.3e} at {at} exceeds {tolerance:.0e}"
-        );
-    }
 }
 
 /// Compares one tensor with its golden summary.
