@@ -1,6 +1,10 @@
 //! Data sets, records, image decoding, augmentation and the prefetching loader.
 #![forbid(unsafe_code)]
 
+pub mod batch;
+pub mod dataset;
 pub mod decode;
+pub mod error;
+pub mod loader;
 pub mod preprocess;
 pub mod synthetic;

@@ -147,9 +147,8 @@ impl Placement {
             |v: f32| (v * self.scaled_height as f32 - self.offset_y as f32).clamp(0.0, height as f32 - 1.0);
         let x = |v: f32| (v * self.scaled_width as f32 - self.offset_x as f32).clamp(0.0, width as f32 - 1.0);
         let placed = [y(top), x(left), y(bottom), x(right)];
-        // NaN areas (from NaN boxes) are dropped by the same comparison.
         let area = (placed[2] - placed[0]) * (placed[3] - placed[1]);
-        (area > 0.0 || area < 0.0).then_some(placed)
+        (area != 0.0 && !area.is_nan()).then_some(placed)
     }
 }
 

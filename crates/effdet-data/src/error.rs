@@ -1,0 +1,72 @@
+//! Why data could not be used, by fault: the data, the caller, a limit, the environment.
+
+use std::path::PathBuf;
+
+use crate::decode::DecodeError;
+
+/// Result of reading data.
+pub type Result<T> = std::result::Result<T, DataError>;
+
+/// A fault in data or its handling; names file, record and remedy.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// Data: an image that cannot be decoded.
+    #[error("image {file}: {reason}")]
+    Image {
+        /// File name.
+        file: String,
+        /// Why.
+        reason: DecodeError,
+    },
+    /// Data: a category without a place in the label map.
+    #[error(
+        "{file}, object {record}: category id {category} is not in the label map; use the label map of this data set"
+    )]
+    Category {
+        /// File name of the image.
+        file: String,
+        /// Index of the object.
+        record: usize,
+        /// Category id.
+        category: u32,
+    },
+    /// Caller: nothing to read.
+    #[error("data set {name} has no images, or the batch size is 0: check the path and the split")]
+    Empty {
+        /// Name of the data set.
+        name: String,
+    },
+    /// Data: a file's content is wrong.
+    #[error("{}: {what}", file.display())]
+    Malformed {
+        /// File.
+        file: PathBuf,
+        /// What is wrong, where, and what to do.
+        what: String,
+    },
+    /// Limit: larger than allowed.
+    #[error("{file} has {bytes} bytes, more than the limit of {limit}; raise the limit if that is intended")]
+    TooLarge {
+        /// File.
+        file: String,
+        /// Size.
+        bytes: u64,
+        /// Limit.
+        limit: u64,
+    },
+    /// Environment: reading or writing failed.
+    #[error("cannot read {}: {source}", file.display())]
+    Io {
+        /// File.
+        file: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A bug.
+    #[error("{what}; please report it")]
+    Internal {
+        /// What happened.
+        what: &'static str,
+    },
+}

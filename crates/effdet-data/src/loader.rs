@@ -1,0 +1,484 @@
+//! The prefetching loader: batches in a fixed order, prepared by several threads.
+//!
+//! Training reads an endless stream of samples: position p is example `permutation(pass)[p mod N]` of pass `p / N`, where the
+//! permutation is keyed by (seed, pass). So one number says where a run stands, whatever the batch size, and every example is
+//! seen once per pass. Evaluation reads the examples in order, once; its last batch may be smaller.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use effdet_model::assign::Assigner;
+use effdet_model::rng::{Draws, Purpose};
+
+use crate::batch::{Batch, Preparation, SampleKey};
+use crate::dataset::DetectionDataset;
+use crate::error::{DataError, Result};
+
+/// What a loader delivers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoaderMode {
+    /// Augmented samples with targets, without end, from a position of the stream on.
+    Train {
+        /// First sample.
+        start_position: u64,
+    },
+    /// Every example once, in order.
+    Evaluate,
+}
+
+/// How a loader works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoaderConfig {
+    /// Images per batch.
+    pub batch_size: usize,
+    /// Threads; 0 = prepare on the calling thread.
+    pub workers: usize,
+    /// Batches prepared ahead.
+    pub prefetch: usize,
+    /// What it delivers.
+    pub mode: LoaderMode,
+}
+
+/// Delivers batches in order.
+///
+/// # Determinism
+/// Batches depend on the data, the preparation's seed and the position alone: the same for any number of workers.
+#[derive(Debug)]
+pub struct Loader {
+    work: Arc<Work>,
+    threads: Vec<JoinHandle<()>>,
+    /// Number of the next batch to deliver.
+    next: u64,
+    wait_us: u64,
+    failed: bool,
+}
+
+/// What the threads share.
+#[derive(Debug)]
+struct Work {
+    dataset: Arc<DetectionDataset>,
+    preparation: Preparation,
+    assigner: Option<Assigner>,
+    config: LoaderConfig,
+    queue: Mutex<Queue>,
+    /// A batch became ready.
+    ready: Condvar,
+    /// Room for another batch.
+    room: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    /// Next batch to claim.
+    claimed: u64,
+    /// Batches delivered.
+    delivered: u64,
+    done: BTreeMap<u64, Result<Batch>>,
+    /// Buffers that came back.
+    spare: Vec<Batch>,
+    /// Permutations of the passes at hand.
+    orders: BTreeMap<u64, Arc<Vec<u32>>>,
+    stop: bool,
+}
+
+impl Loader {
+    /// Starts a loader over `dataset`; an `assigner` is needed for training.
+    ///
+    /// # Errors
+    /// [`DataError::Empty`] for a data set or batch size of 0.
+    pub fn new(
+        dataset: Arc<DetectionDataset>,
+        preparation: Preparation,
+        assigner: Option<Assigner>,
+        config: LoaderConfig,
+    ) -> Result<Self> {
+        if dataset.examples.is_empty() || config.batch_size == 0 {
+            return Err(DataError::Empty {
+                name: dataset.name.clone(),
+            });
+        }
+        let assigner = assigner.filter(|_| matches!(config.mode, LoaderMode::Train { .. }));
+        let work = Arc::new(Work {
+            dataset,
+            preparation,
+            assigner,
+            config,
+            queue: Mutex::default(),
+            ready: Condvar::new(),
+            room: Condvar::new(),
+        });
+        let threads = (0..config.workers)
+            .map(|_| {
+                let work = Arc::clone(&work);
+                std::thread::spawn(move || work.run())
+            })
+            .collect();
+        Ok(Self {
+            work,
+            threads,
+            next: 0,
+            wait_us: 0,
+            failed: false,
+        })
+    }
+
+    /// The next batch; none when an evaluation is through, or after an error.
+    ///
+    /// # Errors
+    /// The first error of the batch's samples, in stream order; the loader ends with it.
+    pub fn next_batch(&mut self) -> Option<Result<Batch>> {
+        if self.failed || self.next >= self.work.batch_count() {
+            return None;
+        }
+        let clock = Instant::now();
+        let number = self.next;
+        self.next += 1;
+        let batch = if self.threads.is_empty() {
+            let spare = self.work.lock().spare.pop().unwrap_or_default();
+            self.work.prepare(number, spare)
+        } else {
+            let mut queue = self.work.lock();
+            let batch = loop {
+                match queue.done.remove(&number) {
+                    Some(batch) => break batch,
+                    None => {
+                        queue = self
+                            .work
+                            .ready
+                            .wait(queue)
+                            .unwrap_or_else(PoisonError::into_inner)
+                    }
+                }
+            };
+            queue.delivered = number + 1;
+            drop(queue);
+            self.work.room.notify_all();
+            batch
+        };
+        self.wait_us += clock.elapsed().as_micros() as u64;
+        self.failed = batch.is_err();
+        Some(batch)
+    }
+
+    /// Gives a batch's memory back for the next ones.
+    pub fn recycle(&mut self, batch: Batch) {
+        let mut queue = self.work.lock();
+        if queue.spare.len() <= self.work.config.prefetch + self.work.config.workers {
+            queue.spare.push(batch);
+        }
+    }
+
+    /// Time spent waiting in [`Self::next_batch`] so far.
+    pub fn wait_us(&self) -> u64 {
+        self.wait_us
+    }
+
+    /// Batches of an evaluation.
+    pub fn batch_count(&self) -> u64 {
+        self.work.batch_count()
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.work.lock().stop = true;
+        self.work.room.notify_all();
+        for thread in self.threads.drain(..) {
+            // A worker's panic has been delivered as an error already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Work {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // The queue is consistent between any two statements that can panic.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn batch_count(&self) -> u64 {
+        match self.config.mode {
+            LoaderMode::Train { .. } => u64::MAX,
+            LoaderMode::Evaluate => self.dataset.examples.len().div_ceil(self.config.batch_size) as u64,
+        }
+    }
+
+    fn run(&self) {
+        loop {
+            let (number, spare) = {
+                let mut queue = self.lock();
+                loop {
+                    if queue.stop || queue.claimed >= self.batch_count() {
+                        return;
+                    }
+                    let ahead = (self.config.prefetch.max(1)) as u64;
+                    if queue.claimed < queue.delivered + ahead {
+                        break;
+                    }
+                    queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                }
+                queue.claimed += 1;
+                (queue.claimed - 1, queue.spare.pop().unwrap_or_default())
+            };
+            // A panic would leave the consumer waiting for ever.
+            let prepared =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.prepare(number, spare)));
+            let batch = prepared.unwrap_or(Err(DataError::Internal {
+                what: "a loader thread panicked",
+            }));
+            self.lock().done.insert(number, batch);
+            self.ready.notify_all();
+        }
+    }
+
+    /// Prepares batch `number`.
+    fn prepare(&self, number: u64, mut batch: Batch) -> Result<Batch> {
+        self.preparation.start(&mut batch);
+        let size = self.config.batch_size as u64;
+        let count = self.dataset.examples.len() as u64;
+        let (start, end) = match self.config.mode {
+            LoaderMode::Train { start_position } => {
+                let start = start_position + number * size;
+                (start, start + size)
+            }
+            LoaderMode::Evaluate => (number * size, ((number + 1) * size).min(count)),
+        };
+        for position in start..end {
+            let key = self.key(position);
+            let example = &self.dataset.examples[key.index as usize];
+            self.preparation
+                .append(&mut batch, example, key, self.assigner.as_ref())?;
+        }
+        batch.end_position = end;
+        Ok(batch)
+    }
+
+    fn key(&self, position: u64) -> SampleKey {
+        let count = self.dataset.examples.len() as u64;
+        let (pass, place) = (position / count, position % count);
+        let index = match self.config.mode {
+            LoaderMode::Evaluate => place,
+            LoaderMode::Train { .. } => u64::from(self.order(pass)[place as usize]),
+        };
+        SampleKey { pass, index }
+    }
+
+    /// The permutation of a pass.
+    fn order(&self, pass: u64) -> Arc<Vec<u32>> {
+        if let Some(order) = self.lock().orders.get(&pass) {
+            return Arc::clone(order);
+        }
+        let mut order: Vec<u32> = (0..self.dataset.examples.len() as u32).collect();
+        Draws::new(self.preparation.seed, Purpose::Shuffle, pass, 0).shuffle(&mut order);
+        let order = Arc::new(order);
+        let mut queue = self.lock();
+        queue.orders.insert(pass, Arc::clone(&order));
+        while queue.orders.len() > 3 {
+            queue.orders.pop_first();
+        }
+        order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataset::{Category, Example, ImageSource, ObjectAnnotation};
+    use crate::preprocess::PreprocessConfig;
+    use crate::synthetic::{CLASS_NAMES, SyntheticConfig, render};
+    use effdet_model::anchors::{AnchorConfig, Anchors};
+    use effdet_model::hparams::{HParams, ImageSize};
+    use effdet_model::label_map::{CategoryId, LabelMap};
+
+    fn hparams() -> HParams {
+        let mut hparams = HParams::preset("d0").unwrap();
+        hparams.image_size = ImageSize::square(64);
+        hparams
+    }
+
+    fn dataset(count: u64) -> DetectionDataset {
+        let config = SyntheticConfig {
+            image_size: 48,
+            ..SyntheticConfig::default()
+        };
+        let examples = (0..count)
+            .map(|index| {
+                let image = render(&config, index);
+                let object = |&(category, box_xywh_px): &(CategoryId, [f64; 4])| ObjectAnnotation {
+                    box_xywh_px,
+                    category,
+                    area: box_xywh_px[2] * box_xywh_px[3],
+                    is_crowd: false,
+                    difficult: false,
+                };
+                Example {
+                    image_id: index as i64 + 1,
+                    source_id: format!("{}", index + 1),
+                    file_name: format!("{index}.jpg"),
+                    width: 48,
+                    height: 48,
+                    objects: image.objects.iter().map(object).collect(),
+                    source: ImageSource::Memory(image.jpeg.into()),
+                }
+            })
+            .collect();
+        let categories = (CLASS_NAMES.iter().zip(1..))
+            .map(|(name, id)| Category {
+                id: CategoryId(id),
+                name: (*name).to_owned(),
+            })
+            .collect();
+        DetectionDataset {
+            name: "shapes".into(),
+            examples,
+            categories,
+        }
+    }
+
+    fn loader(dataset: &DetectionDataset, batch_size: usize, workers: usize, mode: LoaderMode) -> Loader {
+        let preparation = Preparation {
+            preprocess: PreprocessConfig::new(&hparams()),
+            decode: Default::default(),
+            max_encoded_bytes: 1 << 20,
+            label_map: LabelMap::from_names(CLASS_NAMES),
+            skip_crowd: true,
+            seed: 7,
+        };
+        let anchors = Anchors::new(&AnchorConfig::from(&hparams())).unwrap();
+        let config = LoaderConfig {
+            batch_size,
+            workers,
+            prefetch: 3,
+            mode,
+        };
+        Loader::new(
+            Arc::new(dataset.clone()),
+            preparation,
+            Some(Assigner::new(&anchors)),
+            config,
+        )
+        .unwrap()
+    }
+
+    fn comparable(mut batch: Batch) -> Batch {
+        (batch.decode_us, batch.prepare_us, batch.assign_us) = (0, 0, 0);
+        batch
+    }
+
+    fn take(loader: &mut Loader, count: usize) -> Vec<Batch> {
+        (0..count)
+            .map(|_| {
+                let batch = loader.next_batch().unwrap().unwrap();
+                let copy = comparable(batch.clone());
+                loader.recycle(batch);
+                copy
+            })
+            .collect()
+    }
+
+    #[test]
+    fn batches_are_the_same_for_any_number_of_workers() {
+        let data = dataset(5);
+        let mode = LoaderMode::Train { start_position: 0 };
+        let expected = take(&mut loader(&data, 2, 0, mode), 7);
+        assert_eq!(expected[6].end_position, 14);
+        for workers in [1, 3] {
+            assert_eq!(
+                take(&mut loader(&data, 2, workers, mode), 7),
+                expected,
+                "{workers} workers"
+            );
+        }
+    }
+
+    #[test]
+    fn a_loader_started_in_the_middle_of_a_pass_goes_on_with_the_same_samples() {
+        let data = dataset(5);
+        let whole = take(
+            &mut loader(&data, 2, 1, LoaderMode::Train { start_position: 0 }),
+            6,
+        );
+        for skipped in 1..5usize {
+            let start_position = whole[skipped - 1].end_position;
+            let mode = LoaderMode::Train { start_position };
+            assert_eq!(
+                take(&mut loader(&data, 2, 2, mode), 6 - skipped),
+                whole[skipped..]
+            );
+        }
+    }
+
+    #[test]
+    fn every_pass_sees_every_example_once_in_its_own_order() {
+        let data = dataset(6);
+        let batches = take(
+            &mut loader(&data, 3, 1, LoaderMode::Train { start_position: 0 }),
+            6,
+        );
+        let mut orders = Vec::new();
+        for pass in batches.chunks(2) {
+            let ids: Vec<i64> = pass.iter().flat_map(|batch| batch.image_ids.clone()).collect();
+            let mut sorted = ids.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [1, 2, 3, 4, 5, 6]);
+            orders.push(ids);
+        }
+        assert!(orders[0] != orders[1] || orders[1] != orders[2]);
+    }
+
+    #[test]
+    fn an_evaluation_reads_all_examples_in_order_and_ends() {
+        let data = dataset(5);
+        for workers in [0, 2] {
+            let mut loader = loader(&data, 2, workers, LoaderMode::Evaluate);
+            assert_eq!(loader.batch_count(), 3);
+            let mut ids = Vec::new();
+            while let Some(batch) = loader.next_batch() {
+                let batch = batch.unwrap();
+                assert!(batch.class_targets.is_empty());
+                assert!(batch.image_scales.iter().all(|&scale| scale == 0.75));
+                ids.extend(batch.image_ids);
+            }
+            assert_eq!(ids, [1, 2, 3, 4, 5]);
+        }
+    }
+
+    #[test]
+    fn an_undecodable_image_ends_the_loader_with_its_name() {
+        let mut data = dataset(4);
+        data.examples[2].source = ImageSource::Memory(Arc::from(&b"not an image"[..]));
+        for workers in [0, 2] {
+            let mut loader = loader(&data, 1, workers, LoaderMode::Evaluate);
+            assert!(loader.next_batch().unwrap().is_ok());
+            assert!(loader.next_batch().unwrap().is_ok());
+            let error = loader.next_batch().unwrap().unwrap_err().to_string();
+            assert!(error.contains("2.jpg"), "{error}");
+            assert!(loader.next_batch().is_none());
+        }
+    }
+
+    #[test]
+    fn an_unknown_category_is_named() {
+        let mut data = dataset(1);
+        data.examples[0].objects[0].category = CategoryId(77);
+        let error = loader(&data, 1, 0, LoaderMode::Train { start_position: 0 })
+            .next_batch()
+            .unwrap()
+            .unwrap_err();
+        assert!(error.to_string().contains("77"), "{error}");
+    }
+
+    #[test]
+    fn targets_of_a_batch_count_its_positives() {
+        let data = dataset(3);
+        let batch = &take(
+            &mut loader(&data, 3, 0, LoaderMode::Train { start_position: 0 }),
+            1,
+        )[0];
+        let positives = batch.class_targets.iter().filter(|&&class| class >= 0).count();
+        assert_eq!(batch.positives.iter().sum::<usize>(), positives);
+        assert_eq!(batch.train_batch().targets.normalizer, positives as f32 + 1.0);
+    }
+}
