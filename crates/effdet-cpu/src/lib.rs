@@ -3,8 +3,10 @@
 //! Only the kernel modules and the two modules below them ([`pool`], [`arena`]) contain `unsafe` code.
 
 pub mod arena;
+pub mod engine;
 pub mod kernels;
 pub mod math;
 pub mod pool;
 pub mod reference;
 pub mod simd;
+pub mod stochastic_depth;

@@ -8,12 +8,11 @@ mod engine;
 mod float;
 pub mod network;
 pub mod ops;
-mod stochastic_depth;
 mod tape;
 mod tensor;
 
+pub use crate::stochastic_depth::DrawKeys;
 pub use engine::ReferenceEngine;
 pub use float::Float;
-pub use stochastic_depth::DrawKeys;
 pub use tape::{Parameters, Tape, Value};
 pub use tensor::Tensor;

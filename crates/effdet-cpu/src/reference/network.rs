@@ -5,8 +5,8 @@ use effdet_model::network::{
     ResizeKind, SeparableConv,
 };
 
-use super::stochastic_depth::DrawKeys;
 use super::{Float, Tape, Tensor, Value};
+use crate::stochastic_depth::DrawKeys;
 
 /// How a pass normalises and drops.
 #[derive(Debug, Clone, Copy)]

@@ -1,0 +1,488 @@
+//! The CPU engine: the whole network composed of the kernels, for training and inference.
+//!
+//! A step runs backbone → pyramid → class head with its loss and backward pass → box head with its own → pyramid backward →
+//! backbone backward. The heads share their buffers, so the logits of all classes exist once and become their own gradient.
+
+mod backbone;
+mod batch_norm;
+mod bifpn;
+mod heads;
+mod pass;
+
+use std::sync::Arc;
+
+use effdet_model::engine::{
+    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, TraceSink,
+    TrainBatch,
+};
+use effdet_model::hparams::ActType;
+use effdet_model::network::{Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB};
+use effdet_model::weights::Weights;
+
+use self::backbone::Backbone;
+use self::bifpn::Pyramid;
+use self::heads::{Heads, Which};
+use self::pass::{Gradients, Pass, Statistics};
+use crate::arena::AlignedBuf;
+use crate::kernels::Executor;
+use crate::kernels::loss::{self, Focal, Huber};
+use crate::kernels::pointwise::Packing;
+use crate::kernels::stem::Normalize;
+use crate::math::Act;
+use crate::simd::Isa;
+use crate::stochastic_depth::DrawKeys;
+
+/// How a [`CpuEngine`] runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CpuOptions {
+    /// Threads; 0 = one per processor.
+    pub threads: usize,
+    /// Instruction set; none = the fastest one here. All give the same bits.
+    pub isa: Option<Isa>,
+}
+
+/// Runs an EfficientDet on the CPU.
+///
+/// # Determinism
+/// The same arguments give the same bits whatever the number of threads and the instruction set.
+#[derive(Debug)]
+pub struct CpuEngine {
+    network: Arc<Network>,
+    executor: Executor,
+    training: Option<Layers>,
+    inference: Option<Layers>,
+}
+
+/// All layers with their buffers for one batch size.
+#[derive(Debug)]
+struct Layers {
+    images: usize,
+    backbone: Backbone,
+    pyramid: Pyramid,
+    heads: Heads,
+    /// Input of the heads and the gradient by it, `[level][image][cell][F]`.
+    head_input: AlignedBuf,
+    head_gradient: AlignedBuf,
+}
+
+impl Layers {
+    fn new(network: &Network, images: usize, training: bool) -> Self {
+        let act = act_of(network.hparams.act_type);
+        let heads = Heads::new(network, act, images, training);
+        let len = heads.input_len();
+        Self {
+            images,
+            backbone: Backbone::new(network, act, images, training),
+            pyramid: Pyramid::new(network, act, images, training),
+            head_input: AlignedBuf::zeroed(len),
+            head_gradient: AlignedBuf::zeroed(if training { len } else { 0 }),
+            heads,
+        }
+    }
+
+    /// Packs weights, runs backbone and pyramid and writes the input of the heads.
+    fn forward(&mut self, pass: &mut Pass<'_>, pixels: &[f32], packing: Packing) {
+        self.backbone.pack(pass, packing);
+        self.pyramid.pack(pass, packing);
+        self.heads.pack(pass, packing);
+        self.backbone.forward(pass, pixels);
+        self.pyramid.forward(pass, &self.backbone);
+    }
+}
+
+fn act_of(act: ActType) -> Act {
+    match act {
+        ActType::Swish => Act::Swish,
+        ActType::Hswish => Act::HSwish,
+        ActType::Relu => Act::Relu,
+        ActType::Relu6 => Act::Relu6,
+        ActType::Mish => Act::Mish,
+        ActType::Srelu => Act::SRelu,
+        ActType::Identity => Act::Identity,
+    }
+}
+
+impl CpuEngine {
+    /// An engine for `network`.
+    ///
+    /// # Errors
+    /// [`EngineError::Isa`] when the instruction set asked for is not available here.
+    pub fn new(network: Arc<Network>, options: CpuOptions) -> Result<Self, EngineError> {
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        if !isa.is_available() {
+            let available: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+            return Err(EngineError::Isa {
+                isa: isa.to_string(),
+                available: available.join(", "),
+            });
+        }
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        Ok(Self {
+            network,
+            executor: Executor::new(threads, isa),
+            training: None,
+            inference: None,
+        })
+    }
+
+    /// The network it runs.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.executor.isa()
+    }
+
+    /// Threads in use.
+    pub fn threads(&self) -> usize {
+        self.executor.pool().threads()
+    }
+
+    fn normalize_input(&self) -> Option<Normalize> {
+        let rescale = Normalize {
+            mean: RESCALE_MEAN_RGB,
+            stddev: RESCALE_STDDEV_RGB,
+        };
+        self.network.hparams.rescale_input.then_some(rescale)
+    }
+
+    fn fusion(&self) -> (effdet_model::hparams::FusionMethod, bool) {
+        (self.network.hparams.fusion(), self.network.hparams.fusion_relu)
+    }
+
+    fn check_weights(&self, weights: &Weights) -> Result<(), EngineError> {
+        let table = &self.network.variables;
+        check_len(
+            "trainable weights",
+            weights.trainable.len(),
+            table.trainable_len(),
+            "use weights of this very network",
+        )?;
+        check_len(
+            "batch-norm statistics",
+            weights.statistics.len(),
+            table.statistics_len(),
+            "use weights of this very network",
+        )
+    }
+}
+
+fn check_len(
+    what: &'static str,
+    actual: usize,
+    expected: usize,
+    remedy: &'static str,
+) -> Result<(), EngineError> {
+    if actual == expected {
+        Ok(())
+    } else {
+        Err(EngineError::Shape {
+            what,
+            actual,
+            expected,
+            remedy,
+        })
+    }
+}
+
+/// The layers for a batch size: those at hand, or new ones.
+fn layers_for<'a>(
+    slot: &'a mut Option<Layers>,
+    network: &Network,
+    images: usize,
+    training: bool,
+) -> &'a mut Layers {
+    if slot.as_ref().is_some_and(|layers| layers.images != images) {
+        // Freed first, so that two sets of buffers never exist at once.
+        *slot = None;
+    }
+    slot.get_or_insert_with(|| Layers::new(network, images, training))
+}
+
+impl Engine for CpuEngine {
+    fn train_step(
+        &mut self,
+        weights: &mut Weights,
+        batch: &TrainBatch<'_>,
+        options: &StepOptions,
+        gradients: &mut [f32],
+    ) -> Result<StepLosses, EngineError> {
+        let hparams = &self.network.hparams;
+        let images = batch.images.batch;
+        batch
+            .images
+            .check(hparams.image_size.height, hparams.image_size.width)?;
+        self.check_weights(weights)?;
+        let anchors = self.network.num_anchors();
+        let remedy = "assign targets with the anchors of this network";
+        check_len(
+            "class targets",
+            batch.targets.class_targets.len(),
+            images * anchors,
+            remedy,
+        )?;
+        check_len(
+            "box targets",
+            batch.targets.box_targets.len(),
+            images * anchors * 4,
+            remedy,
+        )?;
+        check_len(
+            "draw keys",
+            batch.draw_keys.len(),
+            images,
+            "pass one key per image",
+        )?;
+        check_len(
+            "gradients",
+            gradients.len(),
+            weights.trainable.len(),
+            "pass a buffer like the trainable weights",
+        )?;
+
+        let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
+        let layers = layers_for(&mut self.training, &self.network, images, true);
+        let mut pass = Pass {
+            executor: &self.executor,
+            table: &self.network.variables,
+            mode: Mode::Train,
+            trainable: &weights.trainable,
+            statistics: Statistics::Move(&mut weights.statistics),
+            normalize_input,
+            fusion,
+            draws: Some(DrawKeys {
+                seed: options.seed,
+                epoch: options.epoch,
+                images: batch.draw_keys,
+            }),
+        };
+        layers.forward(&mut pass, batch.images.pixels, Packing::ForwardAndBackward);
+        let Layers {
+            backbone,
+            pyramid,
+            heads,
+            head_input,
+            head_gradient,
+            ..
+        } = layers;
+        let last_cell = self.network.cells.len() - 1;
+        pyramid.write_outputs(&pass, last_cell, head_input);
+
+        let mut gradients = Gradients {
+            table: &self.network.variables,
+            values: gradients,
+        };
+        heads.forward(&mut pass, Which::Class, head_input);
+        let (logits, rows) = heads.outputs(Which::Class);
+        let focal = Focal {
+            rows,
+            classes: hparams.num_classes,
+            alpha: hparams.alpha as f32,
+            gamma: hparams.gamma as f32,
+            label_smoothing: hparams.label_smoothing as f32,
+            normalizer: batch.targets.normalizer,
+            targets: batch.targets.class_targets,
+            logits,
+        };
+        let class_loss = loss::focal(pass.executor, focal);
+        heads.backward(
+            &pass,
+            Which::Class,
+            head_input,
+            head_gradient,
+            false,
+            &mut gradients,
+        );
+
+        heads.forward(&mut pass, Which::Box, head_input);
+        let (codes, rows) = heads.outputs(Which::Box);
+        let huber = Huber {
+            rows,
+            delta: hparams.delta as f32,
+            normalizer: batch.targets.normalizer,
+            gradient_weight: hparams.box_loss_weight as f32,
+            targets: batch.targets.box_targets,
+            codes,
+        };
+        let box_loss = loss::huber(pass.executor, huber);
+        heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
+
+        pyramid.backward(&pass, backbone, head_gradient, &mut gradients);
+        backbone.backward(
+            &pass,
+            batch.images.pixels,
+            &pyramid.level_gradients(),
+            &mut gradients,
+        );
+        let det_loss = class_loss + hparams.box_loss_weight * box_loss;
+        Ok(StepLosses {
+            class_loss: class_loss as f32,
+            box_loss: box_loss as f32,
+            box_iou_loss: 0.0,
+            det_loss: det_loss as f32,
+        })
+    }
+
+    fn infer(
+        &mut self,
+        weights: &Weights,
+        images: &ImageBatch<'_>,
+        outputs: &mut HeadOutputs,
+    ) -> Result<(), EngineError> {
+        outputs.batch = images.batch;
+        outputs
+            .levels
+            .resize_with(self.network.levels.len(), LevelOutput::default);
+        let levels: Vec<_> = self.network.levels.iter().map(|level| level.map).collect();
+        self.run(weights, images, Mode::Infer, &mut |network_outputs| {
+            for (index, level) in outputs.levels.iter_mut().enumerate() {
+                (level.height, level.width) = (levels[index].height, levels[index].width);
+                match network_outputs {
+                    Stage::Head(Which::Class, heads) => {
+                        heads.copy_level(Which::Class, index, &mut level.class_logits)
+                    }
+                    Stage::Head(Which::Box, heads) => {
+                        heads.copy_level(Which::Box, index, &mut level.box_codes)
+                    }
+                    Stage::Body(..) => {}
+                }
+            }
+        })
+    }
+
+    fn trace(
+        &mut self,
+        weights: &Weights,
+        images: &ImageBatch<'_>,
+        mode: Mode,
+        sink: &mut TraceSink<'_>,
+    ) -> Result<(), EngineError> {
+        let network = Arc::clone(&self.network);
+        let batch = images.batch;
+        self.run(weights, images, mode, &mut |stage| {
+            emit(&network, batch, stage, sink)
+        })
+    }
+}
+
+/// What has just been computed.
+enum Stage<'a, 'b> {
+    Body(&'a Backbone, &'a Pyramid, &'a Pass<'b>),
+    Head(Which, &'a mut Heads),
+}
+
+impl CpuEngine {
+    /// Runs the forward pass and shows each stage to `visit`.
+    fn run(
+        &mut self,
+        weights: &Weights,
+        images: &ImageBatch<'_>,
+        mode: Mode,
+        visit: &mut dyn FnMut(&mut Stage<'_, '_>),
+    ) -> Result<(), EngineError> {
+        let size = self.network.hparams.image_size;
+        images.check(size.height, size.width)?;
+        self.check_weights(weights)?;
+        let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
+        // Batch statistics are made in training passes only, and a trace leaves the caller's alone.
+        let mut moved = weights.statistics.clone();
+        let layers = layers_for(&mut self.inference, &self.network, images.batch, false);
+        let mut pass = Pass {
+            executor: &self.executor,
+            table: &self.network.variables,
+            mode,
+            trainable: &weights.trainable,
+            statistics: match mode {
+                Mode::Infer => Statistics::Read(&weights.statistics),
+                Mode::Train => Statistics::Move(&mut moved),
+            },
+            normalize_input,
+            fusion,
+            draws: None,
+        };
+        layers.forward(&mut pass, images.pixels, Packing::Forward);
+        let Layers {
+            backbone,
+            pyramid,
+            heads,
+            head_input,
+            ..
+        } = layers;
+        visit(&mut Stage::Body(backbone, pyramid, &pass));
+        pyramid.write_outputs(&pass, self.network.cells.len() - 1, head_input);
+        for which in [Which::Class, Which::Box] {
+            heads.forward(&mut pass, which, head_input);
+            visit(&mut Stage::Head(which, heads));
+        }
+        Ok(())
+    }
+}
+
+/// Hands the named outputs of a stage to `sink`.
+fn emit(network: &Network, batch: usize, stage: &mut Stage<'_, '_>, sink: &mut TraceSink<'_>) {
+    match stage {
+        Stage::Body(backbone, pyramid, pass) => {
+            let stem = &network.stem;
+            let shape = [
+                batch,
+                stem.output.height,
+                stem.output.width,
+                stem.conv.out_channels,
+            ];
+            let mut values = vec![0.0; shape.iter().product()];
+            backbone.write_stem(pass, &mut values);
+            sink("stem", &shape, &values);
+            for (index, block) in network.blocks.iter().enumerate() {
+                let shape = [
+                    batch,
+                    block.output.height,
+                    block.output.width,
+                    block.project.out_channels,
+                ];
+                sink(&block.name, &shape, backbone.output(index));
+                if let Some(reduction) = block.endpoint {
+                    sink(&format!("backbone/r{reduction}"), &shape, backbone.output(index));
+                }
+            }
+            let filters = network.hparams.fpn_num_filters;
+            for (index, level) in network.extra_levels.iter().enumerate() {
+                let (map, values) = pyramid.extra_level(index);
+                sink(
+                    &format!("level/p{}", level.level),
+                    &[batch, map.height, map.width, filters],
+                    values,
+                );
+            }
+            let cells: usize = network.levels.iter().map(|level| level.map.cells()).sum();
+            let mut outputs = vec![0.0; batch * cells * filters];
+            for cell in 0..network.cells.len() {
+                pyramid.write_outputs(pass, cell, &mut outputs);
+                let mut rest = &outputs[..];
+                for level in &network.levels {
+                    let (values, tail) = rest.split_at(batch * level.map.cells() * filters);
+                    rest = tail;
+                    let shape = [batch, level.map.height, level.map.width, filters];
+                    sink(&format!("cell_{cell}/p{}", level.level), &shape, values);
+                }
+            }
+        }
+        Stage::Head(which, heads) => {
+            let (name, head) = match which {
+                Which::Class => ("class", &network.class_head),
+                Which::Box => ("box", &network.box_head),
+            };
+            let mut values = Vec::new();
+            for (index, level) in network.levels.iter().enumerate() {
+                heads.copy_level(*which, index, &mut values);
+                let channels = head.predict.pointwise.out_channels;
+                let shape = [batch, level.map.height, level.map.width, channels];
+                sink(&format!("{name}/p{}", level.level), &shape, &values);
+            }
+        }
+    }
+}

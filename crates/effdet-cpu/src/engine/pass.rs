@@ -1,0 +1,114 @@
+//! What the layers of one forward or backward pass share.
+
+use effdet_model::engine::Mode;
+use effdet_model::hparams::FusionMethod;
+use effdet_model::network::{Conv, VariableId, VariableTable};
+
+use super::batch_norm::BatchNormState;
+use crate::kernels::Executor;
+use crate::kernels::stem::Normalize;
+use crate::stochastic_depth::DrawKeys;
+
+/// One pass over a batch.
+#[derive(Debug)]
+pub(super) struct Pass<'a> {
+    pub executor: &'a Executor,
+    pub table: &'a VariableTable,
+    pub mode: Mode,
+    /// Trainable values.
+    pub trainable: &'a [f32],
+    /// Moving statistics: read in inference, moved in training.
+    pub statistics: Statistics<'a>,
+    pub normalize_input: Option<Normalize>,
+    /// BiFPN fusion, and whether its weights go through a ReLU.
+    pub fusion: (FusionMethod, bool),
+    pub draws: Option<DrawKeys<'a>>,
+}
+
+/// The moving statistics.
+#[derive(Debug)]
+pub(super) enum Statistics<'a> {
+    Read(&'a [f32]),
+    Move(&'a mut [f32]),
+}
+
+impl<'a> Pass<'a> {
+    pub(super) fn training(&self) -> bool {
+        self.mode == Mode::Train
+    }
+
+    /// Values of a trainable variable.
+    pub(super) fn variable(&self, id: VariableId) -> &'a [f32] {
+        &self.trainable[self.table[id].range()]
+    }
+
+    /// Values of a convolution's bias; none gives an empty slice.
+    pub(super) fn bias(&self, conv: &Conv) -> &'a [f32] {
+        conv.bias.map_or(&[], |id| self.variable(id))
+    }
+
+    /// Makes a batch norm ready for its consumers: from the batch's sums in training, from the moving statistics otherwise.
+    ///
+    /// `counts`: values per channel of each group.
+    pub(super) fn normalize(&mut self, state: &mut BatchNormState, counts: &[usize]) {
+        match &mut self.statistics {
+            Statistics::Read(statistics) => state.use_moving(self.table, self.trainable, statistics),
+            Statistics::Move(statistics) => state.use_batch(self.table, self.trainable, statistics, counts),
+        }
+    }
+
+    /// Makes a batch norm ready for its backward pass from its gradient sums; writes the gradients of γ and β.
+    pub(super) fn backward_norm(
+        &self,
+        state: &mut BatchNormState,
+        counts: &[usize],
+        gradients: &mut Gradients<'_>,
+    ) {
+        state.backward(self.table, self.trainable, counts, gradients.values);
+    }
+
+    /// Factor of a residual branch for every image.
+    pub(super) fn branch_factors(&self, survival: f32, layer: u64) -> Option<Vec<f32>> {
+        let keys = self.draws.filter(|_| self.training() && survival < 1.0)?;
+        Some(keys.branch_factors(survival, layer))
+    }
+}
+
+/// The flat gradient buffer.
+#[derive(Debug)]
+pub(super) struct Gradients<'a> {
+    pub table: &'a VariableTable,
+    pub values: &'a mut [f32],
+}
+
+impl Gradients<'_> {
+    /// Gradient of one variable.
+    pub(super) fn of(&mut self, id: VariableId) -> &mut [f32] {
+        &mut self.values[self.table[id].range()]
+    }
+
+    /// Gradients of several different variables at once; none gives an empty slice.
+    pub(super) fn of_all<const N: usize>(&mut self, ids: [Option<VariableId>; N]) -> [&mut [f32]; N] {
+        let mut order: Vec<usize> = (0..N).filter(|&i| ids[i].is_some()).collect();
+        order.sort_by_key(|&i| ids[i]);
+        let mut slices: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
+        let (mut rest, mut taken) = (&mut *self.values, 0);
+        for i in order {
+            let Some(id) = ids[i] else { continue };
+            let range = self.table[id].range();
+            let (_, tail) = rest.split_at_mut(range.start - taken);
+            let (slice, tail) = tail.split_at_mut(range.len());
+            slices[i] = slice;
+            (rest, taken) = (tail, range.end);
+        }
+        slices
+    }
+}
+
+/// `[channels]` values times a factor per image: `[images, channels]`.
+pub(super) fn per_image(values: &[f32], factors: &[f32]) -> Vec<f32> {
+    factors
+        .iter()
+        .flat_map(|&factor| values.iter().map(move |&value| value * factor))
+        .collect()
+}
