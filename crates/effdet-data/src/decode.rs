@@ -2,11 +2,17 @@
 //!
 //! # Orientation
 //! EXIF orientation is ignored unless asked for, as the reference does: annotations refer to the stored pixel grid.
+//!
+//! # Truncation
+//! A JPEG that ends before its end-of-image marker is refused unless asked for, as the reference does: half of it would be grey
+//! while its boxes speak of objects. Damage inside the scan cannot be told from image data and gives wrong pixels.
 
 use std::io::Cursor;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
+use image::{
+    DynamicImage, GrayAlphaImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, RgbImage, RgbaImage,
+};
 
 /// What a decoder may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +21,8 @@ pub struct DecodeOptions {
     pub max_pixels: u64,
     /// Turn the image as its EXIF orientation says.
     pub apply_orientation: bool,
+    /// Take what there is of a JPEG without its end.
+    pub allow_truncated: bool,
 }
 
 impl Default for DecodeOptions {
@@ -22,6 +30,7 @@ impl Default for DecodeOptions {
         Self {
             max_pixels: 100_000_000,
             apply_orientation: false,
+            allow_truncated: false,
         }
     }
 }
@@ -45,6 +54,14 @@ pub enum DecodeError {
         height: u32,
         /// The limit.
         limit: u64,
+    },
+    /// The file stops in the middle.
+    #[error(
+        "the JPEG ends after {bytes} bytes without its end marker: it was cut off, copy or download it again"
+    )]
+    Truncated {
+        /// Length of the data.
+        bytes: usize,
     },
     /// Broken data.
     #[error(
@@ -71,9 +88,9 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
         .map_err(|error| DecodeError::Corrupt {
             reason: error.to_string(),
         })?;
-    if reader.format().is_none() {
+    let Some(format) = reader.format() else {
         return Err(DecodeError::UnknownFormat { bytes: bytes.len() });
-    }
+    };
     let mut limits = image::Limits::default();
     // A 16-bit RGBA image needs 8 bytes a pixel, and decoders need some room beside the pixels.
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).max(64 << 20));
@@ -87,19 +104,73 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
             limit: options.max_pixels,
         });
     }
+    if format == ImageFormat::Jpeg && !options.allow_truncated && !has_end_of_image(bytes) {
+        return Err(DecodeError::Truncated { bytes: bytes.len() });
+    }
     let orientation = match options.apply_orientation {
         true => decoder.orientation().unwrap_or(Orientation::NoTransforms),
         false => Orientation::NoTransforms,
     };
     let mut image = DynamicImage::from_decoder(decoder).map_err(corrupt)?;
     image.apply_orientation(orientation);
-    Ok(image.into_rgb8())
+    Ok(to_rgb8(image))
+}
+
+/// RGB bytes; 16-bit samples keep their high byte, as libpng's `strip_16` does (the `image` crate would round).
+fn to_rgb8(image: DynamicImage) -> RgbImage {
+    let (width, height) = (image.width(), image.height());
+    let high_bytes =
+        |samples: Vec<u16>| -> Vec<u8> { samples.iter().map(|&sample| (sample >> 8) as u8).collect() };
+    let cut = match image {
+        DynamicImage::ImageLuma16(image) => {
+            GrayImage::from_raw(width, height, high_bytes(image.into_raw())).map(DynamicImage::from)
+        }
+        DynamicImage::ImageLumaA16(image) => {
+            GrayAlphaImage::from_raw(width, height, high_bytes(image.into_raw())).map(DynamicImage::from)
+        }
+        DynamicImage::ImageRgb16(image) => {
+            RgbImage::from_raw(width, height, high_bytes(image.into_raw())).map(DynamicImage::from)
+        }
+        DynamicImage::ImageRgba16(image) => {
+            RgbaImage::from_raw(width, height, high_bytes(image.into_raw())).map(DynamicImage::from)
+        }
+        eight_bit => Some(eight_bit),
+    };
+    cut.expect("as many bytes as there were samples").into_rgb8()
+}
+
+/// Whether a JPEG has an end-of-image marker behind the start of its first scan.
+///
+/// Segments before the scan are skipped by their lengths: an EXIF thumbnail has a marker of its own.
+fn has_end_of_image(bytes: &[u8]) -> bool {
+    const START_OF_SCAN: u8 = 0xda;
+    let mut at = 2;
+    loop {
+        let Some(&[first, marker]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) else {
+            return false;
+        };
+        if first != 0xff || marker == 0xff {
+            // Fill bytes and stray bytes between segments.
+            at += 1;
+            continue;
+        }
+        let Some(&[_, _, high, low]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) else {
+            return false;
+        };
+        at += 2 + usize::from(u16::from_be_bytes([high, low])).max(2);
+        if marker == START_OF_SCAN {
+            break;
+        }
+    }
+    let scan = bytes.get(at..).unwrap_or_default();
+    scan.windows(2).rev().any(|pair| pair == [0xff, 0xd9])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use image::{ExtendedColorType, ImageEncoder, Luma, LumaA, Rgb, Rgba};
+    use proptest::prelude::*;
 
     fn pattern() -> RgbImage {
         RgbImage::from_fn(37, 21, |x, y| Rgb([(7 * x) as u8, (11 * y) as u8, (x * y) as u8]))
@@ -113,10 +184,10 @@ mod tests {
         out
     }
 
-    fn jpeg() -> Vec<u8> {
+    fn jpeg(image: &RgbImage) -> Vec<u8> {
         let mut out = Vec::new();
         image::codecs::jpeg::JpegEncoder::new_with_quality(&mut out, 90)
-            .encode_image(&pattern())
+            .encode_image(image)
             .unwrap();
         out
     }
@@ -155,36 +226,71 @@ mod tests {
     }
 
     #[test]
-    fn sixteen_bits_are_cut_to_eight() {
-        let data: Vec<u8> = [0x1234u16, 0xffff].iter().flat_map(|v| v.to_ne_bytes()).collect();
-        let rgb = decode_rgb(
-            &png(2, 1, ExtendedColorType::L16, &data),
-            &DecodeOptions::default(),
-        )
-        .unwrap();
-        assert_eq!((rgb.get_pixel(0, 0).0[0], rgb.get_pixel(1, 0).0[0]), (0x12, 0xff));
+    fn sixteen_bits_keep_their_high_byte() {
+        let samples = [0x1234u16, 0x12ff, 0xffff, 0x00fe];
+        let data: Vec<u8> = samples.iter().flat_map(|v| v.to_ne_bytes()).collect();
+        let decode =
+            |width, color| decode_rgb(&png(width, 1, color, &data), &DecodeOptions::default()).unwrap();
+        let grey = decode(4, ExtendedColorType::L16);
+        assert_eq!(
+            grey.as_raw()[..],
+            [0x12, 0x12, 0x12, 0x12, 0x12, 0x12, 0xff, 0xff, 0xff, 0, 0, 0]
+        );
+        assert_eq!(
+            decode(2, ExtendedColorType::La16).as_raw()[..],
+            [0x12, 0x12, 0x12, 0xff, 0xff, 0xff]
+        );
+        assert_eq!(
+            decode(1, ExtendedColorType::Rgba16).as_raw()[..],
+            [0x12, 0x12, 0xff]
+        );
     }
 
     #[test]
-    fn every_truncation_is_an_error_or_an_image_and_never_a_panic() {
-        let whole = png(37, 21, ExtendedColorType::Rgb8, pattern().as_raw());
-        for len in (0..whole.len()).step_by(37) {
-            assert!(
-                decode_rgb(&whole[..len], &DecodeOptions::default()).is_err(),
-                "PNG cut to {len} bytes"
+    fn every_truncation_is_an_error_and_never_a_panic() {
+        let png = png(37, 21, ExtendedColorType::Rgb8, pattern().as_raw());
+        for whole in [png, jpeg(&pattern()), oriented(&jpeg(&pattern()), 1)] {
+            for len in (0..whole.len()).step_by(37) {
+                let cut = &whole[..len];
+                assert!(
+                    decode_rgb(cut, &DecodeOptions::default()).is_err(),
+                    "cut to {len} bytes"
+                );
+                let lenient = DecodeOptions {
+                    allow_truncated: true,
+                    ..DecodeOptions::default()
+                };
+                // Whatever comes of it, it is no panic.
+                let _ = decode_rgb(cut, &lenient);
+            }
+            assert_eq!(
+                decode_rgb(&whole, &DecodeOptions::default())
+                    .unwrap()
+                    .dimensions(),
+                (37, 21)
             );
         }
-        let whole = jpeg();
-        for len in (0..whole.len()).step_by(37) {
-            // A JPEG cut in its scan may decode to a partly grey image.
-            let _ = decode_rgb(&whole[..len], &DecodeOptions::default());
-        }
-        assert_eq!(
-            decode_rgb(&whole, &DecodeOptions::default())
-                .unwrap()
-                .dimensions(),
-            (37, 21)
+    }
+
+    #[test]
+    fn half_a_jpeg_is_used_when_asked_for() {
+        let whole = jpeg(&RgbImage::from_fn(64, 64, |x, y| {
+            Rgb([(x * y) as u8, (3 * x) as u8, (5 * y) as u8])
+        }));
+        let cut = &whole[..whole.len() * 2 / 3];
+        assert!(matches!(
+            decode_rgb(cut, &DecodeOptions::default()),
+            Err(DecodeError::Truncated { .. })
+        ));
+        let lenient = DecodeOptions {
+            allow_truncated: true,
+            ..DecodeOptions::default()
+        };
+        let (half, whole) = (
+            decode_rgb(cut, &lenient).unwrap(),
+            decode_rgb(&whole, &lenient).unwrap(),
         );
+        assert_eq!(half.as_raw()[..8 * 64 * 3], whole.as_raw()[..8 * 64 * 3]);
     }
 
     #[test]
@@ -194,9 +300,107 @@ mod tests {
             ..DecodeOptions::default()
         };
         assert!(matches!(
-            decode_rgb(&jpeg(), &options),
+            decode_rgb(&jpeg(&pattern()), &options),
             Err(DecodeError::TooManyPixels { width: 37, .. })
         ));
+    }
+
+    #[test]
+    fn headers_that_claim_enormous_images_are_refused() {
+        let mut bomb = jpeg(&pattern());
+        let frame = bomb.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        bomb[frame + 5..frame + 9].copy_from_slice(&[0xff, 0xdc, 0xff, 0xdc]);
+        let error = decode_rgb(&bomb, &DecodeOptions::default()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DecodeError::TooManyPixels {
+                    width: 65500,
+                    height: 65500,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+
+        let mut bomb = png(37, 21, ExtendedColorType::Rgb8, pattern().as_raw());
+        bomb[16..20].copy_from_slice(&0x7fff_ffff_u32.to_be_bytes());
+        let checksum = crc32(&bomb[12..29]).to_be_bytes();
+        bomb[29..33].copy_from_slice(&checksum);
+        let error = decode_rgb(&bomb, &DecodeOptions::default()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DecodeError::TooManyPixels { .. } | DecodeError::Corrupt { .. }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn orientation_is_ignored_unless_asked_for() {
+        let upright = decode_rgb(&jpeg(&pattern()), &DecodeOptions::default()).unwrap();
+        let apply = DecodeOptions {
+            apply_orientation: true,
+            ..DecodeOptions::default()
+        };
+        for orientation in 1..=8 {
+            let turned = oriented(&jpeg(&pattern()), orientation);
+            assert_eq!(decode_rgb(&turned, &DecodeOptions::default()).unwrap(), upright);
+            let applied = decode_rgb(&turned, &apply).unwrap();
+            // By the EXIF standard: where the first row and first column of the stored grid are shown.
+            let first_stored_pixel_is_at = match orientation {
+                1 => (0, 0),
+                2 => (36, 0),
+                3 => (36, 20),
+                4 => (0, 20),
+                5 => (0, 0),
+                6 => (20, 0),
+                7 => (20, 36),
+                _ => (0, 36),
+            };
+            let size = if orientation <= 4 { (37, 21) } else { (21, 37) };
+            assert_eq!(applied.dimensions(), size, "orientation {orientation}");
+            let (x, y) = first_stored_pixel_is_at;
+            assert_eq!(
+                applied.get_pixel(x, y),
+                upright.get_pixel(0, 0),
+                "orientation {orientation}"
+            );
+        }
+    }
+
+    #[test]
+    fn adobe_cmyk_and_ycck_become_rgb() {
+        // Adobe stores inks inverted, so R = C·K/255 of the stored values, and so on.
+        let cmyk = four_component_jpeg(0, [200, 100, 50, 128]);
+        let rgb = decode_rgb(&cmyk, &DecodeOptions::default()).unwrap();
+        for (got, want) in rgb.get_pixel(0, 0).0.into_iter().zip([100, 50, 25]) {
+            assert!(u8::abs_diff(got, want) <= 1, "{got} {want}");
+        }
+        // Y = 80 without chroma is R = G = B = 80, the inverse of the stored inks of 175.
+        let ycck = four_component_jpeg(2, [80, 128, 128, 255]);
+        let rgb = decode_rgb(&ycck, &DecodeOptions::default()).unwrap();
+        for got in rgb.get_pixel(0, 0).0 {
+            assert!(u8::abs_diff(got, 175) <= 1, "{got}");
+        }
+    }
+
+    #[test]
+    fn thin_images_decode() {
+        for (width, height) in [(1, 1), (1, 10_000), (10_000, 1)] {
+            let image = RgbImage::from_pixel(width, height, Rgb([200, 100, 50]));
+            let decoded = decode_rgb(&jpeg(&image), &DecodeOptions::default()).unwrap();
+            assert_eq!(decoded.dimensions(), (width, height));
+            let pixel = decoded.get_pixel(width - 1, height - 1).0;
+            assert!(
+                pixel
+                    .iter()
+                    .zip([200, 100, 50])
+                    .all(|(&a, b)| u8::abs_diff(a, b) < 4),
+                "{pixel:?}"
+            );
+        }
     }
 
     #[test]
@@ -204,5 +408,82 @@ mod tests {
         for bytes in [&b""[..], b"GIF89a....", b"hello"] {
             assert!(decode_rgb(bytes, &DecodeOptions::default()).is_err());
         }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_files_never_panic(at in prop::collection::vec((0.0..1.0_f64, any::<u8>()), 1..6), as_png: bool) {
+            let mut bytes = match as_png {
+                true => png(37, 21, ExtendedColorType::Rgb8, pattern().as_raw()),
+                false => jpeg(&pattern()),
+            };
+            let len = bytes.len() as f64;
+            for (place, value) in at {
+                bytes[(place * len) as usize] = value;
+            }
+            let options = DecodeOptions {
+                max_pixels: 1 << 20,
+                allow_truncated: true,
+                ..DecodeOptions::default()
+            };
+            let _ = decode_rgb(&bytes, &options);
+        }
+    }
+
+    /// A JPEG with an EXIF segment that gives its orientation.
+    fn oriented(jpeg: &[u8], orientation: u8) -> Vec<u8> {
+        let mut exif = b"\xff\xe1\x00\x22Exif\0\0MM\x00\x2a\x00\x00\x00\x08\x00\x01".to_vec();
+        exif.extend([0x01, 0x12, 0, 3, 0, 0, 0, 1, 0, orientation, 0, 0, 0, 0, 0, 0]);
+        [&jpeg[..2], &exif, &jpeg[2..]].concat()
+    }
+
+    /// An 8x8 JPEG of one colour in four components with an Adobe segment.
+    fn four_component_jpeg(transform: u8, color: [u8; 4]) -> Vec<u8> {
+        let mut out = vec![0xff, 0xd8];
+        out.extend(b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0");
+        out.push(transform);
+        // Quantiser 8 for every coefficient, so that the DC coefficient is the sample less 128.
+        out.extend([0xff, 0xdb, 0, 67, 0]);
+        out.extend([8; 64]);
+        out.extend([0xff, 0xc0, 0, 20, 8, 0, 8, 0, 8, 4]);
+        (1..=4).for_each(|id| out.extend([id, 0x11, 0]));
+        // DC: categories 0..=8 have the 4-bit codes of their numbers. AC: end of block is the 1-bit code 0.
+        out.extend([
+            0xff, 0xc4, 0, 28, 0x00, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        ]);
+        out.extend(0..=8);
+        out.extend([
+            0xff, 0xc4, 0, 20, 0x10, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        ]);
+        out.extend([0xff, 0xda, 0, 14, 4]);
+        (1..=4).for_each(|id| out.extend([id, 0]));
+        out.extend([0, 63, 0]);
+        let (mut bits, mut count) = (0u64, 0);
+        for sample in color {
+            let dc = i64::from(sample) - 128;
+            let category = 64 - dc.unsigned_abs().leading_zeros();
+            let magnitude = if dc < 0 { dc - 1 } else { dc } as u64 & ((1 << category) - 1);
+            bits = ((bits << 4 | u64::from(category)) << category | magnitude) << 1;
+            count += 4 + category + 1;
+        }
+        let padding = (8 - count % 8) % 8;
+        bits = bits << padding | ((1 << padding) - 1);
+        let bytes = bits.to_be_bytes();
+        for &byte in &bytes[8 - (count + padding) as usize / 8..] {
+            out.push(byte);
+            if byte == 0xff {
+                out.push(0);
+            }
+        }
+        out.extend([0xff, 0xd9]);
+        out
+    }
+
+    fn crc32(bytes: &[u8]) -> u32 {
+        !bytes.iter().fold(!0u32, |crc, &byte| {
+            (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+                (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg())
+            })
+        })
     }
 }
