@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod coco;
 pub mod dataset;
 pub mod decode;
 pub mod error;
+pub mod layout;
 pub mod loader;
 pub mod preprocess;
 pub mod synthetic;
+pub mod voc;
