@@ -2,10 +2,17 @@
 //!
 //! Shapes vary in size, rotation, colour and texture, overlap each other in part, and lie among lines and blobs that belong to
 //! no class.
+//!
+//! Only operations that IEEE 754 rounds exactly are used, so that every machine renders the same pixels: directions are drawn as
+//! vectors instead of angles, and distances need no more than a square root.
+
+use std::ops::Range;
 
 use effdet_model::label_map::CategoryId;
 use effdet_model::rng::{Draws, Purpose};
 use image::{Rgb, RgbImage};
+
+use crate::dataset::{Category, DetectionDataset, Example, ImageSource, ObjectAnnotation};
 
 /// What to render.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +50,153 @@ pub struct SyntheticImage {
     /// JPEG file.
     pub jpeg: Vec<u8>,
     /// Class and box `[x, y, width, height]` of every object, back to front.
+    ///
+    /// A box is tight around the part of the object inside the image, whether or not something lies on it.
     pub objects: Vec<(CategoryId, [f64; 4])>,
+}
+
+/// The images of a range of indices as a data set in memory; disjoint ranges make training and validation sets.
+///
+/// # Determinism
+/// A function of the arguments alone.
+pub fn dataset(config: &SyntheticConfig, indices: Range<u64>) -> DetectionDataset {
+    let object = |&(category, box_xywh_px): &(CategoryId, [f64; 4])| ObjectAnnotation {
+        box_xywh_px,
+        category,
+        area: box_xywh_px[2] * box_xywh_px[3],
+        is_crowd: false,
+        difficult: false,
+    };
+    let examples = indices.map(|index| {
+        let image = render(config, index);
+        Example {
+            image_id: index as i64 + 1,
+            source_id: (index + 1).to_string(),
+            file_name: format!("{index:06}.jpg"),
+            width: config.image_size,
+            height: config.image_size,
+            objects: image.objects.iter().map(object).collect(),
+            source: ImageSource::Memory(image.jpeg.into()),
+        }
+    });
+    let category = |(name, id): (&&str, u32)| Category {
+        id: CategoryId(id),
+        name: (*name).to_owned(),
+    };
+    DetectionDataset {
+        name: "synthetic shapes".to_owned(),
+        examples: examples.collect(),
+        categories: CLASS_NAMES.iter().zip(1..).map(category).collect(),
+    }
+}
+
+/// Renders image `index` of the set.
+///
+/// # Determinism
+/// A function of the configuration and `index` alone.
+pub fn render(config: &SyntheticConfig, index: u64) -> SyntheticImage {
+    let (image, objects) = paint_image(config, index);
+    let mut jpeg = Vec::new();
+    image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, config.quality)
+        .encode_image(&image)
+        .expect("writing to memory does not fail");
+    SyntheticImage { jpeg, objects }
+}
+
+/// Least part of an object that stays visible.
+const MIN_VISIBLE: f32 = 0.5;
+
+fn paint_image(config: &SyntheticConfig, index: u64) -> (RgbImage, Vec<(CategoryId, [f64; 4])>) {
+    let mut draws = Draws::new(config.seed, Purpose::Synthetic, 0, index);
+    let mut canvas = background(config.image_size, &mut draws);
+    let count = config.min_objects + draws.below(config.max_objects.saturating_sub(config.min_objects) + 1);
+    let mut scene = Scene::new(config.image_size);
+    for _ in 0..count {
+        // A place that hides too much is drawn again; crowded images end up with fewer objects.
+        (0..8).any(|_| scene.try_add(random_shape(config.image_size as f32, &mut draws)));
+    }
+    for placed in &scene.objects {
+        paint(&mut canvas, &placed.shape, &mut draws);
+    }
+    let noise = draws.range(1.0, 7.0);
+    for value in canvas.values.iter_mut() {
+        *value += (draws.uniform() - 0.5) * 2.0 * noise;
+    }
+    let objects = scene.objects.iter().map(|placed| {
+        let category = CategoryId(placed.shape.class as u32 + 1);
+        (category, placed.box_xywh_px.map(f64::from))
+    });
+    (canvas.to_image(), objects.collect())
+}
+
+/// The objects of an image and which of them is on top at each pixel.
+struct Scene {
+    side: u32,
+    objects: Vec<PlacedShape>,
+    /// Index of the topmost object, plus 1; 0 for none.
+    owners: Vec<usize>,
+}
+
+struct PlacedShape {
+    shape: Shape,
+    box_xywh_px: [u32; 4],
+    pixels: u32,
+    visible: u32,
+}
+
+impl Scene {
+    fn new(side: u32) -> Self {
+        Self {
+            side,
+            objects: Vec::new(),
+            owners: vec![0; (side * side) as usize],
+        }
+    }
+
+    /// Puts a shape on top, unless it is tiny or hides too much of another.
+    fn try_add(&mut self, shape: Shape) -> bool {
+        let [xs, ys] = shape.reach(self.side);
+        let (mut left, mut top, mut right, mut bottom) = (self.side, self.side, 0, 0);
+        let mut covered = Vec::new();
+        for y in ys {
+            for x in xs.clone() {
+                if shape.distance(x as f32 + 0.5, y as f32 + 0.5) < 0.0 {
+                    (left, top) = (left.min(x), top.min(y));
+                    (right, bottom) = (right.max(x + 1), bottom.max(y + 1));
+                    covered.push((y * self.side + x) as usize);
+                }
+            }
+        }
+        let smallest = self.side / 16;
+        if right < left + smallest || bottom < top + smallest {
+            return false;
+        }
+        let mut visible: Vec<u32> = self.objects.iter().map(|object| object.visible).collect();
+        for &pixel in &covered {
+            if let Some(under) = self.owners[pixel].checked_sub(1) {
+                visible[under] -= 1;
+            }
+        }
+        let enough =
+            |(object, &visible): (&PlacedShape, &u32)| visible as f32 >= MIN_VISIBLE * object.pixels as f32;
+        if !self.objects.iter().zip(&visible).all(enough) {
+            return false;
+        }
+        for (object, visible) in self.objects.iter_mut().zip(visible) {
+            object.visible = visible;
+        }
+        let pixels = covered.len() as u32;
+        self.objects.push(PlacedShape {
+            shape,
+            box_xywh_px: [left, top, right - left, bottom - top],
+            pixels,
+            visible: pixels,
+        });
+        for pixel in covered {
+            self.owners[pixel] = self.objects.len();
+        }
+        true
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -59,29 +212,34 @@ struct Shape {
     x: f32,
     y: f32,
     radius: f32,
-    angle: f32,
+    /// Unit vector of the shape's own x axis.
+    axis: [f32; 2],
     colors: [[f32; 3]; 2],
     texture: Texture,
     pitch: f32,
 }
 
 impl Shape {
+    /// A position along the shape's own axes.
+    fn local(&self, px: f32, py: f32) -> [f32; 2] {
+        let [cos, sin] = self.axis;
+        let (dx, dy) = (px - self.x, py - self.y);
+        [cos * dx + sin * dy, cos * dy - sin * dx]
+    }
+
     /// Signed distance to the outline in pixels, negative inside (exact enough near the outline for antialiasing).
     fn distance(&self, px: f32, py: f32) -> f32 {
-        let (sin, cos) = self.angle.sin_cos();
-        let (dx, dy) = (px - self.x, py - self.y);
-        let (x, y) = (cos * dx + sin * dy, cos * dy - sin * dx);
+        let [x, y] = self.local(px, py);
         match self.class {
-            0 => x.hypot(y) - self.radius,
+            0 => length(x, y) - self.radius,
             1 => x.abs().max(y.abs()) - self.radius * 0.8,
-            2 => polygon_distance(x, y, self.radius, 3, 0.5),
+            2 => triangle_distance(x, y, self.radius),
             _ => star_distance(x, y, self.radius),
         }
     }
 
     fn color(&self, px: f32, py: f32, speckle: f32) -> [f32; 3] {
-        let (sin, cos) = self.angle.sin_cos();
-        let (u, v) = (cos * px + sin * py, cos * py - sin * px);
+        let [u, v] = self.local(px, py);
         let band = |t: f32| ((t / self.pitch).floor() as i64).rem_euclid(2) as usize;
         let pick = match self.texture {
             Texture::Plain => 0,
@@ -91,28 +249,57 @@ impl Shape {
         };
         self.colors[pick]
     }
+
+    /// Columns and rows that the shape may touch.
+    fn reach(&self, side: u32) -> [Range<u32>; 2] {
+        [self.x, self.y].map(|centre| pixels_around(centre, self.radius + 2.0, side))
+    }
 }
 
-/// Distance to a regular polygon with its apothem a fraction `inner` of the circumradius.
-fn polygon_distance(x: f32, y: f32, radius: f32, sides: u32, inner: f32) -> f32 {
-    let sector = std::f32::consts::TAU / sides as f32;
-    let angle = y.atan2(x);
-    let folded = (angle + sector / 2.0).rem_euclid(sector) - sector / 2.0;
-    x.hypot(y) * folded.cos() - radius * inner
+fn pixels_around(centre: f32, reach: f32, side: u32) -> Range<u32> {
+    let clip = |v: f32| v.clamp(0.0, side as f32) as u32;
+    clip(centre - reach)..clip(centre + reach + 1.0)
 }
 
-/// Distance to a five-pointed star, to first order.
+fn length(x: f32, y: f32) -> f32 {
+    (x * x + y * y).sqrt()
+}
+
+/// Distance to an equilateral triangle by its circumradius.
+fn triangle_distance(x: f32, y: f32, radius: f32) -> f32 {
+    const SIN_120: f32 = 0.866_025_4;
+    x.max(SIN_120 * y.abs() - 0.5 * x) - radius * 0.5
+}
+
+/// Distance to a five-pointed star by its circumradius, to first order.
 fn star_distance(x: f32, y: f32, radius: f32) -> f32 {
-    let sector = std::f32::consts::TAU / 5.0;
-    let folded = ((y.atan2(x) + sector / 2.0).rem_euclid(sector) - sector / 2.0).abs();
-    let r = x.hypot(y);
-    let (px, py) = (r * folded.cos(), r * folded.sin());
-    // The edge from the tip (radius, 0) to the notch between two tips.
-    let notch = radius * 0.42;
-    let (nx, ny) = (notch * (sector / 2.0).cos(), notch * (sector / 2.0).sin());
-    let (ex, ey) = (nx - radius, ny);
-    let length = ex.hypot(ey);
-    ((px - radius) * ey - py * ex) / length
+    /// Cosine and sine of the directions of the tips: multiples of 72°.
+    const TIPS: [[f32; 2]; 5] = [
+        [1.0, 0.0],
+        [0.309_017, 0.951_056_5],
+        [-0.809_017, 0.587_785_24],
+        [-0.809_017, -0.587_785_24],
+        [0.309_017, -0.951_056_5],
+    ];
+    /// The notch between two tips, 36° from either, in units of the circumradius.
+    const NOTCH: [f32; 2] = [0.42 * 0.809_017, 0.42 * 0.587_785_24];
+    // Along the nearest tip and, by symmetry, on its positive side.
+    let along = |[cos, sin]: [f32; 2]| [cos * x + sin * y, (cos * y - sin * x).abs()];
+    let nearest = |a: [f32; 2], b: [f32; 2]| if b[0] > a[0] { b } else { a };
+    let [px, py] = TIPS.map(along).into_iter().fold([f32::MIN, 0.0], nearest);
+    let [ex, ey] = [radius * (NOTCH[0] - 1.0), radius * NOTCH[1]];
+    ((px - radius) * ey - py * ex) / length(ex, ey)
+}
+
+/// A unit vector in a uniform direction.
+fn direction(draws: &mut Draws) -> [f32; 2] {
+    loop {
+        let [x, y] = [draws.range(-1.0, 1.0), draws.range(-1.0, 1.0)];
+        let length = length(x, y);
+        if (0.1..=1.0).contains(&length) {
+            return [x / length, y / length];
+        }
+    }
 }
 
 fn hue(draws: &mut Draws, value: (f32, f32)) -> [f32; 3] {
@@ -124,48 +311,6 @@ fn hue(draws: &mut Draws, value: (f32, f32)) -> [f32; 3] {
         let ramp = ((offset - 3.0).abs() - 1.0).clamp(0.0, 1.0);
         value * (1.0 - saturation * (1.0 - ramp))
     })
-}
-
-/// Renders image `index` of the set.
-///
-/// # Determinism
-/// A function of the configuration and `index` alone.
-pub fn render(config: &SyntheticConfig, index: u64) -> SyntheticImage {
-    let mut draws = Draws::new(config.seed, Purpose::Synthetic, 0, index);
-    let side = config.image_size as f32;
-    let mut canvas = background(config.image_size, &mut draws);
-    let count = config.min_objects + draws.below(config.max_objects.saturating_sub(config.min_objects) + 1);
-    let mut shapes: Vec<(Shape, [f64; 4])> = Vec::new();
-    for _ in 0..count {
-        // A place that hides too much of an earlier object is drawn again; crowded images end up with fewer objects.
-        for _attempt in 0..8 {
-            let shape = random_shape(side, &mut draws);
-            let Some(extent) = extent(&shape, config.image_size) else {
-                continue;
-            };
-            let hides = |other: &[f64; 4]| {
-                overlap(&extent, other) > 0.35 * (other[2] * other[3]).min(extent[2] * extent[3])
-            };
-            if !shapes.iter().any(|(_, other)| hides(other)) {
-                shapes.push((shape, extent));
-                break;
-            }
-        }
-    }
-    for (shape, _) in &shapes {
-        paint(&mut canvas, shape, &mut draws);
-    }
-    let noise = draws.range(1.0, 7.0);
-    for value in canvas.values.iter_mut() {
-        *value += (draws.uniform() - 0.5) * 2.0 * noise;
-    }
-    SyntheticImage {
-        jpeg: canvas.encode(config.quality),
-        objects: shapes
-            .iter()
-            .map(|(s, extent)| (CategoryId(s.class as u32 + 1), *extent))
-            .collect(),
-    }
 }
 
 struct Canvas {
@@ -181,18 +326,13 @@ impl Canvas {
         }
     }
 
-    fn encode(&self, quality: u8) -> Vec<u8> {
-        let byte = |x: u32, y: u32, c: usize| {
-            self.values[3 * (y * self.side + x) as usize + c].clamp(0.0, 255.0) as u8
-        };
-        let image = RgbImage::from_fn(self.side, self.side, |x, y| {
-            Rgb(std::array::from_fn(|c| byte(x, y, c)))
-        });
-        let mut out = Vec::new();
-        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut out, quality)
-            .encode_image(&image)
-            .expect("writing to memory does not fail");
-        out
+    fn to_image(&self) -> RgbImage {
+        RgbImage::from_fn(self.side, self.side, |x, y| {
+            let at = 3 * (y * self.side + x) as usize;
+            Rgb(std::array::from_fn(|c| {
+                self.values[at + c].clamp(0.0, 255.0) as u8
+            }))
+        })
     }
 }
 
@@ -200,44 +340,40 @@ impl Canvas {
 fn background(side: u32, draws: &mut Draws) -> Canvas {
     let extent = side as f32;
     let (from, to) = (hue(draws, (0.2, 0.7)), hue(draws, (0.2, 0.7)));
-    let (sin, cos) = (draws.uniform() * std::f32::consts::TAU).sin_cos();
+    let [cos, sin] = direction(draws);
     let mut canvas = Canvas {
         side,
-        values: vec![0.0; 3 * (side * side) as usize],
+        values: Vec::with_capacity(3 * (side * side) as usize),
     };
     for y in 0..side {
         for x in 0..side {
             let (u, v) = (x as f32 / extent - 0.5, y as f32 / extent - 0.5);
             let t = (0.5 + 0.7 * (u * cos + v * sin)).clamp(0.0, 1.0);
-            canvas.blend(
-                x,
-                y,
-                std::array::from_fn(|c| from[c] + t * (to[c] - from[c])),
-                1.0,
-            );
+            canvas
+                .values
+                .extend((0..3).map(|c| from[c] + t * (to[c] - from[c])));
         }
     }
     for _ in 0..draws.below(6) {
         let (cx, cy) = (draws.range(0.0, extent), draws.range(0.0, extent));
-        let (radius, color) = (draws.range(0.05, 0.3) * extent, hue(draws, (0.2, 0.8)));
-        for y in 0..side {
-            for x in 0..side {
-                let d = (x as f32 - cx).hypot(y as f32 - cy) / radius;
-                if d < 2.0 {
-                    canvas.blend(x, y, color, 0.35 * (-d * d * 2.0).exp());
-                }
+        let (radius, color) = (draws.range(0.08, 0.5) * extent, hue(draws, (0.2, 0.8)));
+        for y in pixels_around(cy, radius, side) {
+            for x in pixels_around(cx, radius, side) {
+                let d = length(x as f32 - cx, y as f32 - cy) / radius;
+                let falloff = (1.0 - d * d).max(0.0);
+                canvas.blend(x, y, color, 0.35 * falloff * falloff);
             }
         }
     }
     for _ in 0..draws.below(7) {
         let (x0, y0) = (draws.range(0.0, extent), draws.range(0.0, extent));
-        let (sin, cos) = (draws.uniform() * std::f32::consts::TAU).sin_cos();
-        let (width, color) = (draws.range(0.6, 2.2), hue(draws, (0.3, 1.0)));
+        let [cos, sin] = direction(draws);
+        let (half_width, color) = (draws.range(0.6, 2.2), hue(draws, (0.3, 1.0)));
         for y in 0..side {
             for x in 0..side {
-                let distance = ((x as f32 - x0) * sin - (y as f32 - y0) * cos).abs() - width;
-                if distance < 1.0 {
-                    canvas.blend(x, y, color, 0.7 * (0.5 - distance).clamp(0.0, 1.0));
+                let distance = ((x as f32 - x0) * sin - (y as f32 - y0) * cos).abs() - half_width;
+                if distance < 0.5 {
+                    canvas.blend(x, y, color, 0.7 * (0.5 - distance).min(1.0));
                 }
             }
         }
@@ -247,8 +383,9 @@ fn background(side: u32, draws: &mut Draws) -> Canvas {
 
 fn random_shape(side: f32, draws: &mut Draws) -> Shape {
     let class = draws.below(CLASS_NAMES.len() as u64) as usize;
-    // Log-uniform, so that small and large objects are equally common.
-    let radius = side * (0.06f32.ln() + draws.uniform() * (0.24f32 / 0.06).ln()).exp();
+    // Uniform within an octave that is drawn first, so that small and large objects are equally common.
+    let octave = [1.0, 2.0][draws.below(2) as usize];
+    let radius = side * 0.06 * octave * draws.range(1.0, 2.0);
     let margin = 0.6 * radius;
     let textures = [
         Texture::Plain,
@@ -261,40 +398,17 @@ fn random_shape(side: f32, draws: &mut Draws) -> Shape {
         x: draws.range(margin, side - margin),
         y: draws.range(margin, side - margin),
         radius,
-        angle: draws.uniform() * std::f32::consts::TAU,
+        axis: direction(draws),
         colors: [hue(draws, (0.75, 1.0)), hue(draws, (0.55, 1.0))],
         texture: textures[draws.below(4) as usize],
         pitch: draws.range(0.18, 0.4) * radius + 1.5,
     }
 }
 
-/// Bounding box `[x, y, width, height]` of the part inside the image; none when little of it is.
-fn extent(shape: &Shape, side: u32) -> Option<[f64; 4]> {
-    let reach = shape.radius + 1.0;
-    let clip = |v: f32| v.clamp(0.0, side as f32) as u32;
-    let (mut left, mut top, mut right, mut bottom) = (side, side, 0, 0);
-    for y in clip(shape.y - reach)..clip(shape.y + reach + 1.0) {
-        for x in clip(shape.x - reach)..clip(shape.x + reach + 1.0) {
-            if shape.distance(x as f32 + 0.5, y as f32 + 0.5) < 0.0 {
-                (left, top, right, bottom) = (left.min(x), top.min(y), right.max(x + 1), bottom.max(y + 1));
-            }
-        }
-    }
-    let large_enough = right >= left + 8 && bottom >= top + 8;
-    large_enough.then(|| [left, top, right - left, bottom - top].map(f64::from))
-}
-
-fn overlap(a: &[f64; 4], b: &[f64; 4]) -> f64 {
-    let side = |at: usize| ((a[at] + a[at + 2]).min(b[at] + b[at + 2]) - a[at].max(b[at])).max(0.0);
-    side(0) * side(1)
-}
-
 fn paint(canvas: &mut Canvas, shape: &Shape, draws: &mut Draws) {
-    let reach = shape.radius + 2.0;
-    let side = canvas.side;
-    let clip = |v: f32| v.clamp(0.0, side as f32) as u32;
-    for y in clip(shape.y - reach)..clip(shape.y + reach + 1.0) {
-        for x in clip(shape.x - reach)..clip(shape.x + reach + 1.0) {
+    let [xs, ys] = shape.reach(canvas.side);
+    for y in ys {
+        for x in xs.clone() {
             let (px, py) = (x as f32 + 0.5, y as f32 + 0.5);
             let alpha = (0.5 - shape.distance(px, py)).clamp(0.0, 1.0);
             let speckle = draws.uniform();
@@ -308,6 +422,7 @@ fn paint(canvas: &mut Canvas, shape: &Shape, draws: &mut Draws) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sha2::{Digest, Sha256};
 
     #[test]
     fn the_same_key_renders_the_same_bytes_and_another_index_others() {
@@ -319,6 +434,98 @@ mod tests {
             ..config.clone()
         };
         assert_ne!(render(&config, 3).jpeg, render(&other, 3).jpeg);
+    }
+
+    #[test]
+    fn pixels_and_boxes_are_pinned_so_that_every_machine_renders_the_same() {
+        let mut hash = Sha256::new();
+        for index in 0..4 {
+            let (image, objects) = paint_image(&SyntheticConfig::default(), index);
+            hash.update(image.as_raw());
+            for (category, box_xywh_px) in objects {
+                hash.update(category.0.to_le_bytes());
+                box_xywh_px
+                    .iter()
+                    .for_each(|side| hash.update(side.to_le_bytes()));
+            }
+        }
+        let hash: String = hash
+            .finalize()
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(hash, "a35d800509765914");
+    }
+
+    #[test]
+    fn every_object_stays_visible_in_part() {
+        for index in 0..40 {
+            let mut draws = Draws::new(1, Purpose::Synthetic, 0, index);
+            let mut scene = Scene::new(96);
+            let added = (0..60)
+                .filter(|_| scene.try_add(random_shape(96.0, &mut draws)))
+                .count();
+            assert!(added < 60, "some places must be refused in such a crowd");
+            assert_eq!(added, scene.objects.len());
+            for (object, owner) in scene.objects.iter().zip(1..) {
+                let visible = scene.owners.iter().filter(|&&other| other == owner).count();
+                assert_eq!(visible, object.visible as usize);
+                assert!(visible as f32 >= MIN_VISIBLE * object.pixels as f32);
+            }
+        }
+    }
+
+    #[test]
+    fn boxes_are_tight_around_the_painted_pixels() {
+        for class in 0..4 {
+            let shape = Shape {
+                class,
+                x: 40.3,
+                y: 28.7,
+                radius: 20.0,
+                axis: [0.6, 0.8],
+                colors: [[255.0; 3]; 2],
+                texture: Texture::Plain,
+                pitch: 5.0,
+            };
+            let mut canvas = Canvas {
+                side: 64,
+                values: vec![0.0; 64 * 64 * 3],
+            };
+            paint(&mut canvas, &shape, &mut Draws::new(0, Purpose::Synthetic, 0, 0));
+            let mut scene = Scene::new(64);
+            assert!(scene.try_add(shape));
+            let [x, y, w, h] = scene.objects[0].box_xywh_px;
+            let image = canvas.to_image();
+            // Half covered or more.
+            let painted = image.enumerate_pixels().filter(|(.., pixel)| pixel.0[0] >= 128);
+            let (xs, ys): (Vec<u32>, Vec<u32>) = painted.map(|(x, y, _)| (x, y)).unzip();
+            assert_eq!(
+                xs.iter().min().zip(xs.iter().max()),
+                Some((&x, &(x + w - 1))),
+                "class {class}"
+            );
+            assert_eq!(
+                ys.iter().min().zip(ys.iter().max()),
+                Some((&y, &(y + h - 1))),
+                "class {class}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_data_set_is_its_range_of_images() {
+        let config = SyntheticConfig {
+            image_size: 64,
+            ..SyntheticConfig::default()
+        };
+        let (all, tail) = (dataset(&config, 0..5), dataset(&config, 3..5));
+        assert_eq!(all.examples[3..], tail.examples[..]);
+        assert_eq!(all.examples[0].source_id, "1");
+        let objects = &all.examples[4].objects;
+        assert_eq!(objects.len(), render(&config, 4).objects.len());
+        assert_eq!(all.categories[3].name, "star");
     }
 
     #[test]
