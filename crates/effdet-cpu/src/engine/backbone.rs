@@ -3,7 +3,6 @@
 //! A block saves the raw outputs of its three convolutions and its input; activations are formed again on the way wherever
 //! they are needed. Gradients travel as `dx` of a block's input plus the sums that batch norm needs, made in the same pass.
 
-use effdet_model::engine::Mode;
 use effdet_model::network::{MbConv, Network, SqueezeExcite, Stem};
 
 use super::batch_norm::BatchNormState;
@@ -22,6 +21,8 @@ use crate::math::Act;
 #[derive(Debug)]
 pub(super) struct Backbone {
     images: usize,
+    /// Whether every block keeps y₁ and y₂ for a backward pass.
+    keeps: bool,
     act: Act,
     stem: StemState,
     blocks: Vec<BlockState>,
@@ -182,6 +183,7 @@ impl Backbone {
         let last = blocks.last().map_or(0, |block| block.y3.len());
         Self {
             images,
+            keeps: training,
             act,
             stem,
             blocks,
@@ -241,7 +243,7 @@ impl Backbone {
         for index in 0..self.blocks.len() {
             let (done, rest) = self.blocks.split_at_mut(index);
             let block = &mut rest[0];
-            if pass.mode == Mode::Infer {
+            if !self.keeps {
                 // Nothing is kept for a backward pass, so all blocks use the same two buffers.
                 if let Some(expand) = &mut block.expand {
                     std::mem::swap(&mut expand.y1, &mut self.wide[0]);
@@ -249,7 +251,7 @@ impl Backbone {
                 std::mem::swap(&mut block.y2, &mut self.wide[1]);
             }
             block.forward(pass, self.act, index, &self.stem, done.last());
-            if pass.mode == Mode::Infer {
+            if !self.keeps {
                 if let Some(expand) = &mut block.expand {
                     std::mem::swap(&mut expand.y1, &mut self.wide[0]);
                 }
@@ -323,6 +325,9 @@ impl BlockState {
         previous: Option<&BlockState>,
     ) {
         let training = pass.training();
+        // Shared buffers are as large as the largest block needs.
+        let wide = self.layer.depthwise.channels;
+        let (len1, len2) = (self.input_rows() * wide, self.output_rows() * wide);
         if let (Some(expand), Some(previous)) = (&mut self.expand, previous) {
             let Affine { scale, shift } = previous.output_affine();
             pointwise::forward(
@@ -339,7 +344,7 @@ impl BlockState {
                     },
                     bias: None,
                     stride: expand.weights.outputs(),
-                    y: &mut expand.y1,
+                    y: &mut expand.y1[..len1],
                     sums: training.then_some(&mut expand.bn1.sums),
                     streaming: true,
                 },
@@ -351,7 +356,7 @@ impl BlockState {
 
         let input = match (&self.expand, previous) {
             (Some(expand), _) => Source {
-                raw: &expand.y1,
+                raw: &expand.y1[..len1],
                 affine: Some(expand.bn1.affine()),
                 act,
             },
@@ -364,7 +369,7 @@ impl BlockState {
                 plan: &self.depthwise,
                 input,
                 weights: pass.variable(self.layer.depthwise.kernel),
-                y: &mut self.y2,
+                y: &mut self.y2[..len2],
                 sums: training.then_some(&mut self.bn2.sums),
                 streaming: true,
             },
@@ -373,7 +378,7 @@ impl BlockState {
 
         if let Some(squeeze) = &mut self.squeeze {
             let source = Source {
-                raw: &self.y2,
+                raw: &self.y2[..len2],
                 affine: Some(self.bn2.affine()),
                 act,
             };
@@ -385,7 +390,7 @@ impl BlockState {
                 rows: &self.rows,
                 weights: &self.project,
                 input: Input::Activated(Activated {
-                    raw: &self.y2,
+                    raw: &self.y2[..len2],
                     scale: ChannelVectors::per_group(&self.bn2.scale),
                     shift: ChannelVectors::per_group(&self.bn2.shift),
                     act,

@@ -1,0 +1,190 @@
+//! The fast engine against the numbers measured on the reference implementation, against the plain reference in float64, and
+//! against itself on every instruction set and number of threads.
+
+mod common;
+
+use std::sync::Arc;
+
+use effdet_cpu::engine::{CpuEngine, CpuOptions};
+use effdet_cpu::simd::Isa;
+use effdet_model::engine::{Engine, StepLosses, StepOptions, Targets, TrainBatch};
+use effdet_model::hparams::{HParams, ImageSize};
+use effdet_model::network::Network;
+use effdet_model::weights::Weights;
+
+fn fast_engine(network: Arc<Network>) -> CpuEngine {
+    CpuEngine::new(
+        network,
+        CpuOptions {
+            threads: 2,
+            isa: None,
+        },
+    )
+    .unwrap()
+}
+
+mod fast {
+    use super::fast_engine;
+    use crate::{agreement_tests, golden_tests};
+
+    golden_tests!(fast_engine);
+    agreement_tests!(fast_engine);
+}
+
+/// Everything a training step computes.
+#[derive(Debug, PartialEq)]
+struct Step {
+    losses: StepLosses,
+    gradients: Vec<f32>,
+    weights: Weights,
+}
+
+fn step(network: &Arc<Network>, options: CpuOptions) -> Step {
+    let mut engine = CpuEngine::new(Arc::clone(network), options).unwrap();
+    let mut weights = common::golden::weights(network);
+    let size = network.hparams.image_size;
+    let batch = 2;
+    let pixels: Vec<f32> = (0..batch * size.height * size.width * 3)
+        .map(|e| common::golden::hashed(99_999, e) as f32)
+        .collect();
+    let anchors = network.num_anchors();
+    let class = |e: usize| match common::golden::hashed(7, e) {
+        s if s > 0.98 => (e % network.hparams.num_classes) as i32,
+        s if s > 0.96 => -2,
+        _ => -1,
+    };
+    let class_targets: Vec<i32> = (0..batch * anchors).map(class).collect();
+    let box_targets: Vec<f32> = (0..batch * anchors * 4)
+        .map(|e| {
+            if class_targets[e / 4] >= 0 {
+                common::golden::hashed(8, e) as f32
+            } else {
+                0.0
+            }
+        })
+        .collect();
+    let targets = Targets {
+        class_targets: &class_targets,
+        box_targets: &box_targets,
+        normalizer: 37.0,
+    };
+    let images = effdet_model::engine::ImageBatch {
+        pixels: &pixels,
+        batch,
+        height: size.height,
+        width: size.width,
+    };
+    let train = TrainBatch {
+        images,
+        targets,
+        draw_keys: &[11, 12],
+    };
+    let mut gradients = vec![f32::NAN; weights.trainable.len()];
+    let mut losses = StepLosses::default();
+    for epoch in 0..2 {
+        losses = engine
+            .train_step(
+                &mut weights,
+                &train,
+                &StepOptions { seed: 5, epoch },
+                &mut gradients,
+            )
+            .unwrap();
+    }
+    Step {
+        losses,
+        gradients,
+        weights,
+    }
+}
+
+/// A network with stochastic depth, whose maps are odd.
+fn odd_network(preset: &str) -> Arc<Network> {
+    let mut hparams = HParams::preset(preset).unwrap();
+    hparams.image_size = ImageSize {
+        height: 136,
+        width: 104,
+    };
+    hparams.num_classes = 5;
+    hparams.backbone_survival_prob = Some(0.7);
+    Arc::new(Network::new(&hparams).unwrap())
+}
+
+#[test]
+fn training_gives_the_same_bits_on_every_instruction_set() {
+    for preset in ["d0", "lite0"] {
+        let network = odd_network(preset);
+        let expected = step(
+            &network,
+            CpuOptions {
+                threads: 2,
+                isa: Some(Isa::Portable),
+            },
+        );
+        assert!(expected.gradients.iter().all(|g| g.is_finite()));
+        for isa in Isa::available() {
+            let got = step(
+                &network,
+                CpuOptions {
+                    threads: 2,
+                    isa: Some(isa),
+                },
+            );
+            assert!(got == expected, "{preset} on {isa}");
+        }
+    }
+}
+
+#[test]
+fn training_gives_the_same_bits_with_any_number_of_threads() {
+    let network = odd_network("d0");
+    let expected = step(
+        &network,
+        CpuOptions {
+            threads: 1,
+            isa: None,
+        },
+    );
+    for threads in [2, 3, 5] {
+        assert!(
+            step(&network, CpuOptions { threads, isa: None }) == expected,
+            "{threads} threads"
+        );
+    }
+}
+
+#[test]
+fn buffers_of_another_size_are_refused_and_nothing_changes() {
+    let network = odd_network("lite0");
+    let mut engine = fast_engine(Arc::clone(&network));
+    let mut weights = Weights::init(&network.variables, 1);
+    let before = weights.clone();
+    let pixels = vec![0.0; 136 * 104 * 3];
+    let images = effdet_model::engine::ImageBatch {
+        pixels: &pixels,
+        batch: 1,
+        height: 136,
+        width: 104,
+    };
+    let targets = Targets {
+        class_targets: &[],
+        box_targets: &[],
+        normalizer: 1.0,
+    };
+    let train = TrainBatch {
+        images,
+        targets,
+        draw_keys: &[0],
+    };
+    let mut gradients = vec![0.0; weights.trainable.len()];
+    let error = engine
+        .train_step(&mut weights, &train, &StepOptions::default(), &mut gradients)
+        .unwrap_err();
+    assert!(error.to_string().contains("class targets"), "{error}");
+    assert_eq!(weights, before);
+}
+
+#[test]
+fn weights_and_images_are_generated_as_for_the_golden_file() {
+    common::golden::check_generator();
+}
