@@ -124,7 +124,8 @@ impl Preparation {
     /// Appends one example: augmented and with targets where an `assigner` is given, as evaluation places it otherwise.
     ///
     /// # Errors
-    /// What reading and decoding report, naming the file; a category that the label map lacks.
+    /// What reading and decoding report, naming the file; an image of another size than annotated; a category that the label map
+    /// lacks.
     ///
     /// # Determinism
     /// A function of (seed, key, example) alone.
@@ -141,6 +142,14 @@ impl Preparation {
             file: example.file_name.clone(),
             reason,
         })?;
+        let differs = |annotated: u32, decoded: u32| annotated != 0 && annotated != decoded;
+        if differs(example.width, image.width()) || differs(example.height, image.height()) {
+            return Err(DataError::SizeMismatch {
+                file: example.file_name.clone(),
+                decoded: image.dimensions(),
+                annotated: (example.width, example.height),
+            });
+        }
         batch.decode_us += clock.elapsed().as_micros() as u64;
 
         let clock = std::time::Instant::now();

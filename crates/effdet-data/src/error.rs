@@ -19,6 +19,20 @@ pub enum DataError {
         /// Why.
         reason: DecodeError,
     },
+    /// Data: an image of another size than the one that was annotated.
+    #[error(
+        "image {file} has {}x{} pixels (width x height) but its annotations are for {}x{}: \
+         it was resized or turned after annotation; annotate it again or restore the original",
+        decoded.0, decoded.1, annotated.0, annotated.1
+    )]
+    SizeMismatch {
+        /// File name.
+        file: String,
+        /// Width and height of the image.
+        decoded: (u32, u32),
+        /// Width and height by the annotations.
+        annotated: (u32, u32),
+    },
     /// Data: a category without a place in the label map.
     #[error(
         "{file}, object {record}: category id {category} is not in the label map; use the label map of this data set"

@@ -35,7 +35,7 @@ pub struct LoaderConfig {
     pub batch_size: usize,
     /// Threads; 0 = prepare on the calling thread.
     pub workers: usize,
-    /// Batches prepared ahead.
+    /// Batches kept ready, beside the one that each worker is making.
     pub prefetch: usize,
     /// What it delivers.
     pub mode: LoaderMode,
@@ -213,7 +213,7 @@ impl Work {
                     if queue.stop || queue.claimed >= self.batch_count() {
                         return;
                     }
-                    let ahead = (self.config.prefetch.max(1)) as u64;
+                    let ahead = (self.config.prefetch + self.config.workers) as u64;
                     if queue.claimed < queue.delivered + ahead {
                         break;
                     }
@@ -457,6 +457,32 @@ mod tests {
             assert!(error.contains("2.jpg"), "{error}");
             assert!(loader.next_batch().is_none());
         }
+    }
+
+    #[test]
+    fn an_image_of_another_size_than_annotated_is_named_with_both_sizes() {
+        let mut data = dataset(1);
+        let first = |data: &DetectionDataset| loader(data, 1, 0, LoaderMode::Evaluate).next_batch().unwrap();
+        data.examples[0].width = 50;
+        let message = first(&data).unwrap_err().to_string();
+        assert!(
+            ["0.jpg", "48x48", "50x48"]
+                .iter()
+                .all(|part| message.contains(part)),
+            "{message}"
+        );
+        (data.examples[0].width, data.examples[0].height) = (0, 0);
+        assert!(first(&data).is_ok(), "an unknown size is no mismatch");
+    }
+
+    #[test]
+    fn a_loader_dropped_with_work_in_flight_ends_its_threads() {
+        let data = dataset(6);
+        let mut loader = loader(&data, 2, 3, LoaderMode::Train { start_position: 0 });
+        take(&mut loader, 1);
+        let work = Arc::downgrade(&loader.work);
+        drop(loader);
+        assert!(work.upgrade().is_none(), "a worker outlived its loader");
     }
 
     #[test]
