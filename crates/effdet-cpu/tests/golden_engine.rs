@@ -6,9 +6,10 @@ mod common;
 use std::sync::Arc;
 
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
+use effdet_cpu::reference::ReferenceEngine;
 use effdet_cpu::simd::Isa;
 use effdet_model::engine::{Engine, StepLosses, StepOptions, Targets, TrainBatch};
-use effdet_model::hparams::{HParams, ImageSize};
+use effdet_model::hparams::{ActType, HParams, ImageSize, IouLossKind};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
@@ -182,6 +183,91 @@ fn buffers_of_another_size_are_refused_and_nothing_changes() {
         .unwrap_err();
     assert!(error.to_string().contains("class targets"), "{error}");
     assert_eq!(weights, before);
+}
+
+/// The rare IoU losses against the plain reference in float64.
+#[test]
+fn iou_losses_agree_with_the_reference_in_float64() {
+    for kind in [IouLossKind::Giou, IouLossKind::Ciou] {
+        let mut hparams = HParams::preset("lite0").unwrap();
+        hparams.image_size = ImageSize::square(256);
+        hparams.num_classes = 2;
+        hparams.act_type = ActType::Swish;
+        hparams.iou_loss_type = Some(kind);
+        hparams.iou_loss_weight = 3.0;
+        let network = Arc::new(Network::new(&hparams).unwrap());
+        let mut reference = ReferenceEngine::<f64>::new(Arc::clone(&network)).unwrap();
+        let expected = one_step(&network, &mut reference);
+        let got = one_step(&network, &mut fast_engine(Arc::clone(&network)));
+        assert!(expected.0.box_iou_loss > 0.0);
+        for (got, expected) in [
+            (got.0.box_iou_loss, expected.0.box_iou_loss),
+            (got.0.det_loss, expected.0.det_loss),
+        ] {
+            assert!(
+                (got - expected).abs() <= 1e-5 * expected.abs(),
+                "{kind}: {got}, {expected} expected"
+            );
+        }
+        // The predicting convolution sees the loss at first hand; farther down, small batch norms amplify rounding.
+        for name in ["depthwise_kernel", "pointwise_kernel", "bias"] {
+            let range = network
+                .variables
+                .find(&format!("box_net/box-predict/{name}"))
+                .unwrap()
+                .range();
+            let pairs = || got.1[range.clone()].iter().zip(&expected.1[range.clone()]);
+            let size: f64 = pairs().map(|(_, &e)| f64::from(e).powi(2)).sum();
+            let off: f64 = pairs()
+                .map(|(&g, &e)| (f64::from(g) - f64::from(e)).powi(2))
+                .sum();
+            let distance = (off / size).sqrt();
+            println!("{kind} {name}: gradient distance {distance:.1e}");
+            assert!(distance < 1e-4, "{kind} {name}: gradient distance {distance}");
+        }
+    }
+}
+
+fn one_step(network: &Arc<Network>, engine: &mut dyn Engine) -> (StepLosses, Vec<f32>) {
+    let mut weights = common::golden::weights(network);
+    let size = network.hparams.image_size;
+    let pixels: Vec<f32> = (0..2 * size.height * size.width * 3)
+        .map(|e| common::golden::hashed(99_999, e) as f32)
+        .collect();
+    let anchors = network.num_anchors();
+    let class_targets: Vec<i32> = (0..2 * anchors)
+        .map(|e| if e % 97 == 5 { 1 } else { -1 })
+        .collect();
+    let box_targets: Vec<f32> = (0..8 * anchors)
+        .map(|e| {
+            if class_targets[e / 4] >= 0 {
+                0.4 * common::golden::hashed(8, e) as f32
+            } else {
+                0.0
+            }
+        })
+        .collect();
+    let images = effdet_model::engine::ImageBatch {
+        pixels: &pixels,
+        batch: 2,
+        height: size.height,
+        width: size.width,
+    };
+    let targets = Targets {
+        class_targets: &class_targets,
+        box_targets: &box_targets,
+        normalizer: 11.0,
+    };
+    let train = TrainBatch {
+        images,
+        targets,
+        draw_keys: &[1, 2],
+    };
+    let mut gradients = vec![0.0; weights.trainable.len()];
+    let losses = engine
+        .train_step(&mut weights, &train, &StepOptions::default(), &mut gradients)
+        .unwrap();
+    (losses, gradients)
 }
 
 #[test]

@@ -11,11 +11,15 @@ mod pass;
 
 use std::sync::Arc;
 
+use effdet_model::anchors::{AnchorConfig, Anchors};
+use effdet_model::assign::IGNORED;
 use effdet_model::engine::{
-    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, TraceSink,
-    TrainBatch,
+    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, Targets,
+    TraceSink, TrainBatch,
 };
-use effdet_model::hparams::ActType;
+use effdet_model::hparams::{ActType, IouLossKind};
+use effdet_model::loss::LossError;
+use effdet_model::loss::iou::coded_loss;
 use effdet_model::network::{Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB};
 use effdet_model::weights::Weights;
 
@@ -25,7 +29,7 @@ use self::heads::{Heads, Which};
 use self::pass::{Gradients, Pass, Statistics};
 use crate::arena::AlignedBuf;
 use crate::kernels::Executor;
-use crate::kernels::loss::{self, Focal, Huber};
+use crate::kernels::loss::{self, Focal, HeadRows, Huber};
 use crate::kernels::pointwise::Packing;
 use crate::kernels::stem::Normalize;
 use crate::math::Act;
@@ -49,6 +53,7 @@ pub struct CpuOptions {
 pub struct CpuEngine {
     network: Arc<Network>,
     executor: Executor,
+    anchors: Anchors,
     training: Option<Layers>,
     inference: Option<Layers>,
 }
@@ -120,9 +125,16 @@ impl CpuEngine {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
+        let anchors = Anchors::new(&AnchorConfig::from(&network.hparams)).map_err(|error| {
+            EngineError::Unsupported {
+                feature: format!("these anchors ({error})"),
+                remedy: "correct the anchor hyper-parameters",
+            }
+        })?;
         Ok(Self {
             network,
             executor: Executor::new(threads, isa),
+            anchors,
             training: None,
             inference: None,
         })
@@ -190,6 +202,79 @@ fn check_len(
     }
 }
 
+/// Targets that no class output or division can take are the caller's mistake.
+fn check_targets(targets: &Targets<'_>, anchors: usize, num_classes: usize) -> Result<(), EngineError> {
+    let normalizer = targets.normalizer;
+    if !(normalizer.is_finite() && normalizer > 0.0) {
+        return Err(LossError::Normalizer { normalizer }.into());
+    }
+    let fits = |class: i32| class < num_classes as i32 && class >= IGNORED;
+    match targets.class_targets.iter().position(|&class| !fits(class)) {
+        None => Ok(()),
+        Some(row) => {
+            let class = targets.class_targets[row];
+            Err(LossError::Class {
+                image: row / anchors,
+                anchor: row % anchors,
+                class,
+                num_classes,
+            }
+            .into())
+        }
+    }
+}
+
+/// The IoU loss of a batch, taken from the plain reference: it concerns matched anchors only, which are few.
+struct IouGradients {
+    loss: f64,
+    /// First value of an anchor's code in the head's outputs, and the gradient by the code.
+    gradients: Vec<(usize, [f64; 4])>,
+}
+
+impl IouGradients {
+    fn new(
+        kind: IouLossKind,
+        weight: f64,
+        anchors: &Anchors,
+        rows: &HeadRows<'_>,
+        targets: &Targets<'_>,
+        codes: &[f32],
+    ) -> Self {
+        let per_positive = 1.0 / (4.0 * f64::from(targets.normalizer));
+        let (mut loss, mut gradients) = (0.0, Vec::new());
+        let targets = targets.box_targets.as_chunks::<4>().0;
+        for image in 0..rows.images {
+            let (mut anchor, mut first_row) = (0, 0);
+            for &cells in rows.cells_per_level {
+                for index in 0..cells * rows.anchors_per_cell {
+                    let target = targets[image * anchors.len() + anchor];
+                    if target != [0.0; 4] {
+                        let (cell, in_cell) = (index / rows.anchors_per_cell, index % rows.anchors_per_cell);
+                        let at = (first_row + image * cells + cell) * rows.stride + 4 * in_cell;
+                        let code = std::array::from_fn(|i| codes[at + i]);
+                        let term = coded_loss(kind, code, target, anchors.boxes_yxyx_px[anchor]);
+                        loss += term.value * per_positive;
+                        gradients.push((at, term.gradient.map(|g| g * weight * per_positive)));
+                    }
+                    anchor += 1;
+                }
+                first_row += cells * rows.images;
+            }
+        }
+        Self { loss, gradients }
+    }
+
+    /// Adds the gradients to those of the box loss; gives the loss.
+    fn add_to(&self, codes: &mut [f32]) -> f64 {
+        for &(at, gradient) in &self.gradients {
+            for (value, added) in codes[at..at + 4].iter_mut().zip(gradient) {
+                *value = (f64::from(*value) + added) as f32;
+            }
+        }
+        self.loss
+    }
+}
+
 /// The layers for a batch size: those at hand, or new ones.
 fn layers_for<'a>(
     slot: &'a mut Option<Layers>,
@@ -232,6 +317,7 @@ impl Engine for CpuEngine {
             images * anchors * 4,
             remedy,
         )?;
+        check_targets(&batch.targets, anchors, hparams.num_classes)?;
         check_len(
             "draw keys",
             batch.draw_keys.len(),
@@ -301,6 +387,16 @@ impl Engine for CpuEngine {
 
         heads.forward(&mut pass, Which::Box, head_input);
         let (codes, rows) = heads.outputs(Which::Box);
+        let iou = (hparams.iou_loss_type).map(|kind| {
+            IouGradients::new(
+                kind,
+                hparams.iou_loss_weight,
+                &self.anchors,
+                &rows,
+                &batch.targets,
+                codes,
+            )
+        });
         let huber = Huber {
             rows,
             delta: hparams.delta as f32,
@@ -310,6 +406,7 @@ impl Engine for CpuEngine {
             codes,
         };
         let box_loss = loss::huber(pass.executor, huber);
+        let box_iou_loss = iou.map_or(0.0, |iou| iou.add_to(heads.outputs(Which::Box).0));
         heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
 
         pyramid.backward(&pass, backbone, head_gradient, &mut gradients);
@@ -319,11 +416,12 @@ impl Engine for CpuEngine {
             &pyramid.level_gradients(),
             &mut gradients,
         );
-        let det_loss = class_loss + hparams.box_loss_weight * box_loss;
+        let det_loss =
+            class_loss + hparams.box_loss_weight * box_loss + hparams.iou_loss_weight * box_iou_loss;
         Ok(StepLosses {
             class_loss: class_loss as f32,
             box_loss: box_loss as f32,
-            box_iou_loss: 0.0,
+            box_iou_loss: box_iou_loss as f32,
             det_loss: det_loss as f32,
         })
     }

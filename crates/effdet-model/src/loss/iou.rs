@@ -38,7 +38,7 @@ pub fn loss(kind: IouLossKind, predicted: [f64; 4], target: [f64; 4]) -> BoxTerm
 }
 
 /// [`loss`] of box codes: both are decoded with the anchor, and coordinates whose target code is exactly 0 count as 0.
-pub(super) fn coded_loss(kind: IouLossKind, code: [f32; 4], target: [f32; 4], anchor: [f32; 4]) -> BoxTerm {
+pub fn coded_loss(kind: IouLossKind, code: [f32; 4], target: [f32; 4], anchor: [f32; 4]) -> BoxTerm {
     let anchor = Anchor::from(anchor);
     let mask = target.map(|coordinate| f64::from(u8::from(coordinate != 0.0)));
     let masked = |coordinates: [f64; 4]| std::array::from_fn(|i| coordinates[i] * mask[i]);

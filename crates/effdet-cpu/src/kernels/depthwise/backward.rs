@@ -5,7 +5,7 @@
 //! in `j = (ix + pad_left − phase)/stride`, with `ox = j − t` for the t-th of these taps.
 
 use super::super::row_sweeps::{load, store};
-use super::forward::STRIP_PIXELS;
+use super::forward::{STRIP_PIXELS, must_stage, stream_strip};
 use super::lines::{ActivateStrip, Strip};
 use super::plan::LANE_GROUP;
 use crate::simd::{Isa, Simd, dispatch};
@@ -128,12 +128,17 @@ unsafe fn phase<S: Simd, const K: usize, const ST: usize, const T: usize, const 
                     let place = pixel * line.pixel_stride + channel;
                     let step = ST * line.pixel_stride;
                     let dz = line.dz.add(place);
-                    if line.accumulate {
+                    if line.streaming && must_stage::<S>() {
+                        // In the place of the slopes, which are used up.
+                        for (p, &v) in out.iter().enumerate() {
+                            S::store(slopes.add(in_strip + p * ST * LANE_GROUP), v);
+                        }
+                    } else if line.accumulate {
                         for (p, out) in out.iter_mut().enumerate() {
                             *out = S::add(load::<S, WHOLE>(dz.add(p * step), lanes), *out);
+                            store::<S, WHOLE>(dz.add(p * step), *out, lanes);
                         }
-                    }
-                    if WHOLE && line.streaming {
+                    } else if WHOLE && line.streaming {
                         for (p, &v) in out.iter().enumerate() {
                             S::stream(dz.add(p * step), v);
                         }
@@ -227,6 +232,10 @@ unsafe fn input_line_body<S: Simd, const K: usize, const ST: usize>(line: &Input
                 }
                 if channel < end {
                     strip::<S, K, ST, false>(line, (from, to), channel, end - channel);
+                }
+                if line.streaming && must_stage::<S>() {
+                    let dz = line.dz.add(from * line.pixel_stride + first);
+                    stream_strip::<S>(activation.slope, to - from, dz, line.pixel_stride);
                 }
             }
         }

@@ -24,6 +24,8 @@ pub(super) struct OutputLine<const K: usize> {
     /// Values from one pixel of the output tensor to the next.
     pub pixel_stride: usize,
     pub streaming: bool,
+    /// Scratch for [`stream_strip`]: `[STRIP_PIXELS, 16]`.
+    pub staging: *mut f32,
     /// Σy and then Σy² are added here, `sums_stride` apart; null where not needed.
     pub sums: *mut f32,
     pub sums_stride: usize,
@@ -52,6 +54,30 @@ unsafe fn tile<S: Simd, const K: usize, const ST: usize, const P: usize>(
     }
 }
 
+/// Whether streamed lane groups must be put together first, since a vector is no whole cache line.
+///
+/// Halves of a line that leave the processor one by one cost main memory a read and two writes.
+pub(super) const fn must_stage<S: Simd>() -> bool {
+    S::LANES < LANE_GROUP
+}
+
+/// Writes a staged lane group past the caches, whole cache lines at a time.
+///
+/// # Safety
+/// `staging` must hold `[pixels, 16]`, and `target` have room at aligned pixels.
+#[inline(always)]
+pub(super) unsafe fn stream_strip<S: Simd>(staging: *const f32, pixels: usize, target: *mut f32, pixel_stride: usize) {
+    for pixel in 0..pixels {
+        for lane in (0..LANE_GROUP).step_by(S::LANES) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let v = S::load(staging.add(pixel * LANE_GROUP + lane));
+                S::stream(target.add(pixel * pixel_stride + lane), v);
+            }
+        }
+    }
+}
+
 /// The vectors of channels at `channel`, for pixels `from..to`.
 #[inline(always)]
 unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
@@ -71,20 +97,26 @@ unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
             sum = S::load(line.sums.add(channel));
             squares = S::load(line.sums.add(line.sums_stride + channel));
         }
+        let staged = line.streaming && must_stage::<S>();
+        let (target, target_stride) = if staged {
+            (line.staging.add(lane), LANE_GROUP)
+        } else {
+            (line.y.add(from * line.pixel_stride + channel), line.pixel_stride)
+        };
         let mut pixel = from;
         macro_rules! tiles {
             ($pixels:literal) => {
                 while pixel + ($pixels - 1) < to {
                     let out =
                         tile::<S, K, ST, $pixels>(&line.lines, source + pixel * ST * LANE_GROUP, weights);
-                    let y = line.y.add(pixel * line.pixel_stride + channel);
-                    if WHOLE && line.streaming {
+                    let y = target.add((pixel - from) * target_stride);
+                    if WHOLE && line.streaming && !staged {
                         for (p, &v) in out.iter().enumerate() {
-                            S::stream(y.add(p * line.pixel_stride), v);
+                            S::stream(y.add(p * target_stride), v);
                         }
                     } else {
                         for (p, &v) in out.iter().enumerate() {
-                            store::<S, WHOLE>(y.add(p * line.pixel_stride), v, lanes);
+                            store::<S, WHOLE>(y.add(p * target_stride), v, lanes);
                         }
                     }
                     if with_sums {
@@ -120,6 +152,10 @@ unsafe fn output_line_body<S: Simd, const K: usize, const ST: usize>(line: &Outp
             while channel + S::LANES <= line.channels {
                 strip::<S, K, ST, true>(line, (from, to), channel, S::LANES);
                 channel += S::LANES;
+                if line.streaming && must_stage::<S>() && channel % LANE_GROUP == 0 {
+                    let y = line.y.add(from * line.pixel_stride + channel - LANE_GROUP);
+                    stream_strip::<S>(line.staging, to - from, y, line.pixel_stride);
+                }
             }
             if channel < line.channels {
                 strip::<S, K, ST, false>(line, (from, to), channel, line.channels - channel);

@@ -111,8 +111,11 @@ fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: For
         let group_stride = (line_pixels | 1) * LANE_GROUP;
         let line_len = groups * group_stride;
         let sums_stride = groups * LANE_GROUP;
-        let scratch_len =
-            (K + 1) * Bump::room(line_len) + Bump::room(K * K * sums_stride) + Bump::room(2 * sums_stride);
+        let staging_len = STRIP_PIXELS * LANE_GROUP;
+        let scratch_len = (K + 1) * Bump::room(line_len)
+            + Bump::room(K * K * sums_stride)
+            + Bump::room(2 * sums_stride)
+            + Bump::room(staging_len);
         // SAFETY: inside the task, with its worker, once; the totals at `task` belong to it alone.
         let (mut scratch, totals) = unsafe {
             (
@@ -124,6 +127,7 @@ fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: For
         let zeros = scratch.take_zeroed(line_len);
         let packed = scratch.take_zeroed(K * K * sums_stride);
         let line_sums = scratch.take_zeroed(2 * sums_stride);
+        let staging = scratch.take(staging_len);
         totals.fill(0.0);
         let flush_interval = (TERMS_PER_FLUSH / tile.width).max(1);
         let input_map = map.first_input + tile.image * map.input.cells();
@@ -171,6 +175,7 @@ fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: For
                         .add((output_map + oy * map.output.width + tile.left) * channels + tile.channel),
                     pixel_stride: channels,
                     streaming,
+                    staging,
                     sums: if with_sums {
                         line_sums
                     } else {
