@@ -66,7 +66,12 @@ pub(super) const fn must_stage<S: Simd>() -> bool {
 /// # Safety
 /// `staging` must hold `[pixels, 16]`, and `target` have room at aligned pixels.
 #[inline(always)]
-pub(super) unsafe fn stream_strip<S: Simd>(staging: *const f32, pixels: usize, target: *mut f32, pixel_stride: usize) {
+pub(super) unsafe fn stream_strip<S: Simd>(
+    staging: *const f32,
+    pixels: usize,
+    target: *mut f32,
+    pixel_stride: usize,
+) {
     for pixel in 0..pixels {
         for lane in (0..LANE_GROUP).step_by(S::LANES) {
             // SAFETY: the caller's promise.
