@@ -1,6 +1,10 @@
 //! Commands: resolve the command line against the world, do the work, print.
 
+mod checkpoint;
+mod engine;
+mod inspect_checkpoint;
 mod inspect_model;
+mod inspect_trace;
 mod model;
 
 use std::process::ExitCode;
@@ -13,21 +17,48 @@ use crate::cli::{Cli, Command, InspectCommand};
 /// Runs the command of `cli`.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Command::Inspect(args) => match args.command {
-            InspectCommand::Model {
-                model,
-                variables,
-                hparams_only,
-                json,
-            } => {
-                inspect_model::run(&model, variables, hparams_only, json)?;
-            }
-            _ => anyhow::bail!("not wired yet"),
-        },
+        Command::Inspect(args) => inspect(&args.command)?,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "effdet", &mut std::io::stdout());
         }
         _ => anyhow::bail!("not wired yet"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn inspect(command: &InspectCommand) -> Result<()> {
+    match command {
+        InspectCommand::Model {
+            model,
+            variables,
+            hparams_only,
+            json,
+        } => inspect_model::run(model, *variables, *hparams_only, *json),
+        InspectCommand::Checkpoint {
+            path,
+            variables,
+            json,
+        } => inspect_checkpoint::run(path, *variables, *json),
+        InspectCommand::Trace {
+            model,
+            engine,
+            weights,
+            checkpoint,
+            input,
+            boxes,
+            mode,
+            reference,
+            out,
+        } => inspect_trace::run(&inspect_trace::Request {
+            model,
+            engine,
+            weights: weights.as_deref(),
+            checkpoint: checkpoint.as_deref(),
+            input,
+            boxes: boxes.as_deref(),
+            mode,
+            reference: *reference,
+            out,
+        }),
+    }
 }
