@@ -1,11 +1,14 @@
 //! Commands: resolve the command line against the world, do the work, print.
 
 mod checkpoint;
+mod detector;
 mod engine;
+mod infer;
 mod inspect_checkpoint;
 mod inspect_model;
 mod inspect_trace;
 mod model;
+mod progress;
 
 use std::process::ExitCode;
 
@@ -17,6 +20,7 @@ use crate::cli::{Cli, Command, InspectCommand};
 /// Runs the command of `cli`.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
+        Command::Infer(args) => return infer::run(&args),
         Command::Inspect(args) => inspect(&args.command)?,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "effdet", &mut std::io::stdout());
