@@ -1,2 +1,10 @@
 //! Training loop, schedules, optimiser, EMA, evaluation during training and event sinks.
 #![forbid(unsafe_code)]
+
+pub mod error;
+pub mod eval;
+pub mod events;
+pub mod modes;
+pub mod optimizer;
+pub mod schedule;
+pub mod trainer;
