@@ -5,12 +5,16 @@
 use std::marker::PhantomData;
 
 use super::super::row_sweeps::load;
+use super::forward::STRIP_PIXELS;
 use super::plan::LANE_GROUP;
 use crate::math::Activation;
 use crate::simd::{Isa, Simd, dispatch};
 
 /// Pixels that share one load of the channels' vectors.
 const PIXELS: usize = 4;
+
+/// How far ahead of the values in work to prefetch: processors do so themselves, but only to the end of a 4 KB page.
+const PREFETCH_VALUES: usize = 1024;
 
 /// Where a line goes, and the channels it has.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +30,12 @@ pub(super) struct Line {
 }
 
 impl Line {
+    /// Values from a pixel to the same channel of one that is worth prefetching.
+    #[inline(always)]
+    fn ahead(&self) -> usize {
+        self.pixel_stride * PREFETCH_VALUES.div_ceil(self.pixel_stride)
+    }
+
     #[inline(always)]
     unsafe fn place(&self, pixel: usize, channel: usize) -> *mut f32 {
         let at = channel / LANE_GROUP * self.group_stride + pixel * LANE_GROUP + channel % LANE_GROUP;
@@ -39,11 +49,11 @@ impl Line {
 /// # Safety
 /// Implementations hold pointers; whoever makes one answers for these being valid for the line.
 pub(super) trait LineSource {
-    /// The vector of a channel for `P` pixels from `pixel` on.
+    /// The vectors of `channel` for P pixels, which start at `first`; prefetches those of `line` further on.
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
+        line: &Line,
         first: usize,
-        stride: usize,
         channel: usize,
         lanes: usize,
     ) -> [S::V; P];
@@ -56,7 +66,7 @@ unsafe fn fill_pixels<S: Simd, T: LineSource, const P: usize>(line: &Line, sourc
     unsafe {
         let first = pixel * line.pixel_stride;
         while channel + S::LANES <= line.channels {
-            let vectors = source.vectors::<S, P, true>(first + channel, line.pixel_stride, channel, S::LANES);
+            let vectors = source.vectors::<S, P, true>(line, first + channel, channel, S::LANES);
             let out = line.place(pixel, channel);
             for (i, v) in vectors.into_iter().enumerate() {
                 S::store(out.add(i * LANE_GROUP), v);
@@ -65,7 +75,7 @@ unsafe fn fill_pixels<S: Simd, T: LineSource, const P: usize>(line: &Line, sourc
         }
         if channel < line.channels {
             let lanes = line.channels - channel;
-            let vectors = source.vectors::<S, P, false>(first + channel, line.pixel_stride, channel, lanes);
+            let vectors = source.vectors::<S, P, false>(line, first + channel, channel, lanes);
             let out = line.place(pixel, channel);
             for (i, v) in vectors.into_iter().enumerate() {
                 S::store(out.add(i * LANE_GROUP), v);
@@ -111,8 +121,8 @@ impl<A: Activation> LineSource for ActivatedLine<A> {
     #[inline(always)]
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
+        line: &Line,
         first: usize,
-        stride: usize,
         channel: usize,
         lanes: usize,
     ) -> [S::V; P] {
@@ -122,7 +132,9 @@ impl<A: Activation> LineSource for ActivatedLine<A> {
             let shift = load::<S, WHOLE>(self.shift.add(channel), lanes);
             let mut out = [S::zero(); P];
             for (i, out) in out.iter_mut().enumerate() {
-                let raw = load::<S, WHOLE>(self.raw.add(first + i * stride), lanes);
+                let raw = self.raw.add(first + i * line.pixel_stride);
+                S::prefetch(raw.wrapping_add(line.ahead()));
+                let raw = load::<S, WHOLE>(raw, lanes);
                 *out = A::value::<S>(S::fma(raw, scale, shift));
             }
             out
@@ -140,8 +152,8 @@ impl LineSource for PlainLine {
     #[inline(always)]
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
+        line: &Line,
         first: usize,
-        stride: usize,
         _channel: usize,
         lanes: usize,
     ) -> [S::V; P] {
@@ -149,7 +161,9 @@ impl LineSource for PlainLine {
         unsafe {
             let mut out = [S::zero(); P];
             for (i, out) in out.iter_mut().enumerate() {
-                *out = load::<S, WHOLE>(self.values.add(first + i * stride), lanes);
+                let values = self.values.add(first + i * line.pixel_stride);
+                S::prefetch(values.wrapping_add(line.ahead()));
+                *out = load::<S, WHOLE>(values, lanes);
             }
             out
         }
@@ -174,8 +188,8 @@ impl<A: Activation> LineSource for GradientLine<A> {
     #[inline(always)]
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
+        line: &Line,
         first: usize,
-        stride: usize,
         channel: usize,
         lanes: usize,
     ) -> [S::V; P] {
@@ -189,7 +203,9 @@ impl<A: Activation> LineSource for GradientLine<A> {
             let c = load::<S, WHOLE>(self.c.add(channel), lanes);
             let mut out = [S::zero(); P];
             for (i, out) in out.iter_mut().enumerate() {
-                let at = first + i * stride;
+                let at = first + i * line.pixel_stride;
+                S::prefetch(self.y.wrapping_add(at + line.ahead()));
+                S::prefetch(self.da.wrapping_add(at + line.ahead()));
                 let y = load::<S, WHOLE>(self.y.add(at), lanes);
                 let da = load::<S, WHOLE>(self.da.add(at), lanes);
                 let (_, slope) = A::value_and_slope::<S>(S::fma(y, scale, shift));
@@ -227,7 +243,9 @@ unsafe fn activate_strip_vector<S: Simd, A: Activation, const WHOLE: bool>(
         let scale = load::<S, WHOLE>(strip.scale.add(channel), lanes);
         let shift = load::<S, WHOLE>(strip.shift.add(channel), lanes);
         for pixel in 0..strip.pixels {
-            let raw = load::<S, WHOLE>(strip.raw.add(pixel * strip.pixel_stride + channel), lanes);
+            let raw = strip.raw.add(pixel * strip.pixel_stride + channel);
+            S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride));
+            let raw = load::<S, WHOLE>(raw, lanes);
             let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
             S::store(strip.act.add(pixel * LANE_GROUP + channel), act);
             S::store(strip.slope.add(pixel * LANE_GROUP + channel), slope);
