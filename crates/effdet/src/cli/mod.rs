@@ -61,7 +61,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  effdet bench train --batch-size 4              one training step of D0 at 512x512, timed per stage
+  effdet bench train --batch-size 4              training steps of D0 at 512x512
   effdet bench infer --batch-size 1 --threads 1 --json")]
 pub struct BenchArgs {
     /// What to time.

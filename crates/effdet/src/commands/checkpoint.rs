@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use effdet_ckpt::{CheckpointReader, CheckpointStore, ClassEntry};
+use effdet_ckpt::{CheckpointReader, CheckpointState, CheckpointStore};
 use effdet_model::hparams::HParams;
-use effdet_model::label_map::{CategoryId, ClassIndex, Indexing, LabelMap};
+use effdet_model::label_map::{CategoryId, Indexing, LabelMap};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
@@ -26,7 +26,7 @@ impl Trained {
         let reader = open(path)?;
         let context = || format!("checkpoint {}", reader.path().display());
         let hparams = reader.state().parse_hparams().with_context(context)?;
-        let label_map = label_map(&reader.state().class_map).with_context(context)?;
+        let label_map = label_map(reader.state()).with_context(context)?;
         Ok(Self {
             reader,
             hparams,
@@ -74,20 +74,13 @@ pub fn open(path: &Path) -> Result<CheckpointReader> {
     })
 }
 
-/// The classes as a checkpoint lists them: one entry per output that stands for a category id, unnamed where the id has no category.
-pub fn class_entries(label_map: &LabelMap) -> Vec<ClassEntry> {
-    (0..label_map.min_num_classes() as u32)
-        .filter_map(|index| {
-            let id = label_map.category_id(ClassIndex(index))?;
-            let name = label_map.name(id).unwrap_or_default().to_owned();
-            Some(ClassEntry { id: id.0, name })
-        })
-        .collect()
-}
-
-/// The label map of a checkpoint's classes.
-pub fn label_map(classes: &[ClassEntry]) -> Result<LabelMap> {
-    let consecutive = classes
+/// The label map that the trainer saved; of checkpoints from elsewhere, the one that their list of classes means.
+fn label_map(state: &CheckpointState) -> Result<LabelMap> {
+    if let Some(saved) = state.extra.get("label_map").filter(|saved| !saved.is_null()) {
+        return serde_json::from_value(saved.clone()).context("label map in manifest.json");
+    }
+    let consecutive = state
+        .class_map
         .iter()
         .zip(1..)
         .all(|(class, expected)| class.id == expected);
@@ -96,31 +89,6 @@ pub fn label_map(classes: &[ClassEntry]) -> Result<LabelMap> {
     } else {
         Indexing::Contiguous
     };
-    let named = classes.iter().filter(|class| !class.name.is_empty());
-    Ok(LabelMap::new(
-        indexing,
-        named.map(|class| (CategoryId(class.id), class.name.clone())),
-    )?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn classes_survive_the_way_through_a_checkpoint() {
-        let sparse = LabelMap::new(
-            Indexing::Contiguous,
-            [(CategoryId(0), "a".to_owned()), (CategoryId(7), "b".to_owned())],
-        )
-        .unwrap();
-        for map in [LabelMap::coco(), LabelMap::voc(), sparse] {
-            let back = label_map(&class_entries(&map)).unwrap();
-            assert_eq!(back.min_num_classes(), map.min_num_classes());
-            for (id, name) in map.categories() {
-                assert_eq!(back.class_index(id), map.class_index(id));
-                assert_eq!(back.name(id), Some(name));
-            }
-        }
-    }
+    let categories = (state.class_map.iter()).map(|class| (CategoryId(class.id), class.name.clone()));
+    Ok(LabelMap::new(indexing, categories)?)
 }

@@ -1,14 +1,20 @@
 //! Commands: resolve the command line against the world, do the work, print.
 
+mod bench;
 mod checkpoint;
+mod data;
 mod detector;
 mod engine;
+mod eval;
+mod ground_truth;
+mod host;
 mod infer;
 mod inspect_checkpoint;
 mod inspect_model;
 mod inspect_trace;
 mod model;
 mod progress;
+mod sources;
 
 use std::process::ExitCode;
 
@@ -20,6 +26,9 @@ use crate::cli::{Cli, Command, InspectCommand};
 /// Runs the command of `cli`.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
+        Command::Bench(args) => bench::run(&args.command)?,
+        Command::Data(args) => data::run(&args.command)?,
+        Command::Eval(args) => eval::run(&args)?,
         Command::Infer(args) => return infer::run(&args),
         Command::Inspect(args) => inspect(&args.command)?,
         Command::Completions { shell } => {

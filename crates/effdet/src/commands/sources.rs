@@ -1,0 +1,104 @@
+//! Data sets named on the command line.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use effdet_data::coco;
+use effdet_data::dataset::{DetectionDataset, Finding, LoadReport};
+use effdet_data::layout::Layout;
+
+use crate::cli::SourceArgs;
+
+/// Findings printed one by one; more are counted.
+const FINDINGS_SHOWN: usize = 5;
+
+/// Which part of a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// What is trained on.
+    Train,
+    /// What is held out.
+    Val,
+}
+
+/// Whether the command line names any data.
+pub fn is_given(args: &SourceArgs) -> bool {
+    args.data.is_some()
+        || args.train_json.is_some()
+        || args.val_json.is_some()
+        || args.training_file_pattern.is_some()
+        || args.val_file_pattern.is_some()
+}
+
+/// Reads one part; none when the command line does not name it and the data folder lacks that split.
+pub fn load(args: &SourceArgs, part: Part) -> Result<Option<DetectionDataset>> {
+    let (json, images, pattern, split) = match part {
+        Part::Train => (
+            &args.train_json,
+            &args.train_images,
+            &args.training_file_pattern,
+            &args.train_split,
+        ),
+        Part::Val => (
+            &args.val_json,
+            &args.val_images,
+            &args.val_file_pattern,
+            &args.val_split,
+        ),
+    };
+    let (dataset, report) = if let Some(pattern) = pattern {
+        load_records(pattern, json.as_deref())?
+    } else if let (Some(json), Some(images)) = (json, images) {
+        coco::load(json, images)?
+    } else if let Some(json) = json {
+        bail!(
+            "{} needs the folder of its images beside it: --val-images DIR",
+            json.display()
+        );
+    } else if let Some(root) = &args.data {
+        let layout = Layout::find(root)?;
+        if !layout.splits.contains_key(split) && part == Part::Val && split == "val" {
+            return Ok(None);
+        }
+        layout.split(split)?.load()?
+    } else {
+        return Ok(None);
+    };
+    warn(&dataset.name, "boxes cut to their image", &report.clipped);
+    warn(&dataset.name, "objects left out", &report.dropped);
+    Ok(Some(dataset))
+}
+
+/// As [`load`], for commands that cannot do without.
+pub fn require(args: &SourceArgs, part: Part) -> Result<DetectionDataset> {
+    load(args, part)?.with_context(|| match (&args.data, part) {
+        (Some(root), _) => format!(
+            "{}: no split {:?}; name one with --val-split",
+            root.display(),
+            args.val_split
+        ),
+        (None, Part::Train) => {
+            "no training data: give --data DIR, or --train-json with --train-images".to_owned()
+        }
+        (None, Part::Val) => {
+            "no data to evaluate on: give --data DIR, or --val-json with --val-images".to_owned()
+        }
+    })
+}
+
+fn load_records(pattern: &str, _ground_truth: Option<&Path>) -> Result<(DetectionDataset, LoadReport)> {
+    bail!("{pattern}: TFRecord shards cannot be read yet")
+}
+
+fn warn(name: &str, what: &str, findings: &[Finding]) {
+    if findings.is_empty() {
+        return;
+    }
+    eprintln!("warning: {name}: {} {what}", findings.len());
+    for finding in findings.iter().take(FINDINGS_SHOWN) {
+        eprintln!("  {}, record {}: {}", finding.file, finding.record, finding.what);
+    }
+    if findings.len() > FINDINGS_SHOWN {
+        eprintln!("  and {} more", findings.len() - FINDINGS_SHOWN);
+    }
+}
