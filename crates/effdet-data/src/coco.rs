@@ -272,12 +272,7 @@ pub fn write(dataset: &DetectionDataset, json: &Path) -> Result<()> {
             })
             .collect(),
         annotations,
-        categories: (dataset.categories.iter())
-            .map(|category| RawCategory {
-                id: category.id.0,
-                name: category.name.clone(),
-            })
-            .collect(),
+        categories: raw_categories(&dataset.categories),
     };
     write_json(json, &out)
 }
@@ -295,6 +290,41 @@ fn write_json(file: &Path, value: &impl Serialize) -> Result<()> {
     let bytes = serde_json::to_vec(value).map_err(|error| io(error.into()))?;
     fs::write(&scratch, bytes).map_err(io)?;
     fs::rename(&scratch, file).map_err(io)
+}
+
+#[derive(Serialize, Deserialize)]
+struct CategoryList {
+    categories: Vec<RawCategory>,
+}
+
+/// Reads the categories of a COCO JSON.
+///
+/// # Errors
+/// [`DataError`] naming the file.
+pub fn read_categories(json: &Path) -> Result<Vec<Category>> {
+    let list: CategoryList = read_json(json)?;
+    let category = |raw: RawCategory| Category {
+        id: CategoryId(raw.id),
+        name: raw.name,
+    };
+    Ok(list.categories.into_iter().map(category).collect())
+}
+
+/// Writes a COCO JSON that holds nothing but categories.
+///
+/// # Errors
+/// [`DataError::Io`].
+pub fn write_categories(json: &Path, categories: &[Category]) -> Result<()> {
+    let categories = raw_categories(categories);
+    write_json(json, &CategoryList { categories })
+}
+
+fn raw_categories(categories: &[Category]) -> Vec<RawCategory> {
+    let raw = |category: &Category| RawCategory {
+        id: category.id.0,
+        name: category.name.clone(),
+    };
+    categories.iter().map(raw).collect()
 }
 
 /// One row of a results JSON.

@@ -1,5 +1,6 @@
 //! The common model of a data set, whatever format it came from.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -160,6 +161,8 @@ pub struct LoadReport {
     pub clipped: Vec<Finding>,
     /// Objects left out.
     pub dropped: Vec<Finding>,
+    /// Damaged records left out.
+    pub skipped: Vec<Finding>,
 }
 
 /// One remark about a record.
@@ -171,4 +174,10 @@ pub struct Finding {
     pub record: i64,
     /// What about it.
     pub what: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, record {}: {}", self.file, self.record, self.what)
+    }
 }

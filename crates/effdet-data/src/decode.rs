@@ -73,6 +73,41 @@ pub enum DecodeError {
     },
 }
 
+/// What the header of an encoded image says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// Stored width in pixels.
+    pub width: u32,
+    /// Stored height in pixels.
+    pub height: u32,
+    /// `jpeg` or `png`.
+    pub format_name: &'static str,
+}
+
+/// Reads the header of a JPEG or PNG and nothing more.
+///
+/// # Errors
+/// [`DecodeError`]; never panics on any input.
+pub fn probe(bytes: &[u8]) -> Result<Probe, DecodeError> {
+    let corrupt = |reason: String| DecodeError::Corrupt { reason };
+    let reader = ImageReader::new(Cursor::new(bytes))
+        .with_guessed_format()
+        .map_err(|error| corrupt(error.to_string()))?;
+    let format_name = match reader.format() {
+        Some(ImageFormat::Jpeg) => "jpeg",
+        Some(ImageFormat::Png) => "png",
+        _ => return Err(DecodeError::UnknownFormat { bytes: bytes.len() }),
+    };
+    let (width, height) = reader
+        .into_dimensions()
+        .map_err(|error| corrupt(error.to_string()))?;
+    Ok(Probe {
+        width,
+        height,
+        format_name,
+    })
+}
+
 /// Decodes a JPEG or PNG of any colour type to RGB.
 ///
 /// Greyscale is repeated over the channels, CMYK converted, palettes expanded, 16 bits cut to 8, alpha dropped.

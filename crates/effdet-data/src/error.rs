@@ -59,6 +59,24 @@ pub enum DataError {
         /// What is wrong, where, and what to do.
         what: String,
     },
+    /// Data: a record of a TFRecord file is damaged or makes no sense.
+    #[error("{}: record {record} at byte {offset}: {what}", file.display())]
+    Record {
+        /// File.
+        file: PathBuf,
+        /// Counted from 0.
+        record: u64,
+        /// Byte in the file.
+        offset: u64,
+        /// What is wrong and what to do.
+        what: String,
+    },
+    /// Caller: something impossible was asked for.
+    #[error("{what}")]
+    Caller {
+        /// What, and what to do instead.
+        what: String,
+    },
     /// Limit: larger than allowed.
     #[error("{file} has {bytes} bytes, more than the limit of {limit}; raise the limit if that is intended")]
     TooLarge {
@@ -70,7 +88,7 @@ pub enum DataError {
         limit: u64,
     },
     /// Environment: reading or writing failed.
-    #[error("cannot read {}: {source}", file.display())]
+    #[error("cannot read or write {}: {source}", file.display())]
     Io {
         /// File.
         file: PathBuf,

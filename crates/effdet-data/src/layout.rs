@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::dataset::{DetectionDataset, LoadReport};
 use crate::error::{DataError, Result};
-use crate::{coco, voc};
+use crate::tfrecord::ShardName;
+use crate::{coco, tfrecord, voc};
 
 /// Where one split of a data set lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,11 @@ pub enum SplitSource {
         /// Name of the list.
         split: String,
     },
+    /// TFRecord shards.
+    TfRecord {
+        /// Shards, sorted.
+        shards: Vec<PathBuf>,
+    },
 }
 
 impl SplitSource {
@@ -36,6 +42,10 @@ impl SplitSource {
         match self {
             Self::Coco { json, images } => coco::load(json, images),
             Self::Voc { root, split } => voc::load(root, split),
+            Self::TfRecord { shards } => {
+                tfrecord::check_complete(shards)?;
+                tfrecord::load_shards(shards, &tfrecord::ReadOptions::default())
+            }
         }
     }
 }
@@ -54,7 +64,8 @@ impl Layout {
     ///
     /// VOC: a folder `Annotations` and lists in `ImageSets/Main`. COCO: JSON files in the folder or in `annotations/` whose names
     /// hold the split (`instances_train2017.json`, `train.json`) beside a folder of images of the same name (`train2017`,
-    /// `train`, `images/train`).
+    /// `train`, `images/train`), or folders of images that hold their own `_annotations.coco.json`. TFRecord: shards whose names
+    /// begin with the split (`train-00000-of-00032.tfrecord`, `train.tfrecord`). The first of these that is there counts.
     ///
     /// # Errors
     /// [`DataError::Malformed`] saying what was looked for.
@@ -66,13 +77,17 @@ impl Layout {
                 source,
             });
         }
-        let mut splits = voc_splits(root);
-        if splits.is_empty() {
-            splits = coco_splits(root);
+        let mut splits = BTreeMap::new();
+        for find in [voc_splits, coco_splits, record_splits] {
+            splits = find(root)?;
+            if !splits.is_empty() {
+                break;
+            }
         }
         if splits.is_empty() {
-            let what = "no data set found. Looked for VOC (Annotations/ with ImageSets/Main/*.txt) and for COCO \
-                        (instances_<split>.json here or in annotations/, beside a folder <split> or images/<split>). \
+            let what = "no data set found. Looked for VOC (Annotations/ with ImageSets/Main/*.txt), for COCO \
+                        (instances_<split>.json here or in annotations/, beside a folder <split> or images/<split>; \
+                        <split>/_annotations.coco.json) and for TFRecord (<split>-00000-of-00032.tfrecord). \
                         Name the files with --train-json and --train-images"
                 .to_owned();
             return Err(DataError::Malformed {
@@ -102,13 +117,29 @@ impl Layout {
     }
 }
 
-fn files_with_extension(folder: &Path, extension: &str) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = (fs::read_dir(folder).into_iter().flatten().flatten())
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|found| found == extension))
-        .collect();
-    files.sort();
-    files
+type Splits = BTreeMap<String, SplitSource>;
+
+/// Sorted entries; none where there is no such folder.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let io = |source| DataError::Io {
+        file: folder.to_path_buf(),
+        source,
+    };
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(folder).map_err(io)?;
+    let mut paths = entries
+        .map(|entry| Ok(entry.map_err(io)?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+fn files_with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let mut files = entries(folder)?;
+    files.retain(|path| path.extension().is_some_and(|found| found == extension) && path.is_file());
+    Ok(files)
 }
 
 fn stem(file: &Path) -> String {
@@ -116,44 +147,83 @@ fn stem(file: &Path) -> String {
         .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 
-fn voc_splits(root: &Path) -> BTreeMap<String, SplitSource> {
-    if !root.join("Annotations").is_dir() {
-        return BTreeMap::new();
+/// `train2017` is the split `train`, `validation` and `valid` are `val`.
+fn split_name(name: &str) -> &str {
+    match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
+        "" => name,
+        "valid" | "validation" => "val",
+        split => split,
     }
-    // Lists of one class (`cat_train.txt`) are no splits.
-    (files_with_extension(&root.join("ImageSets/Main"), "txt")
-        .iter()
-        .map(|file| stem(file)))
-    .filter(|split| !split.contains('_'))
-    .map(|split| {
-        (
-            split.clone(),
-            SplitSource::Voc {
-                root: root.to_path_buf(),
-                split,
-            },
-        )
-    })
-    .collect()
 }
 
-fn coco_splits(root: &Path) -> BTreeMap<String, SplitSource> {
-    let mut splits = BTreeMap::new();
-    let files =
-        [root.to_path_buf(), root.join("annotations")].map(|folder| files_with_extension(&folder, "json"));
-    for json in files.into_iter().flatten() {
-        let name = stem(&json);
-        let name = name.strip_prefix("instances_").unwrap_or(&name);
-        let images = [root.join(name), root.join("images").join(name)]
-            .into_iter()
-            .find(|folder| folder.is_dir());
-        let Some(images) = images else { continue };
-        // `train2017` is the split `train`.
-        let split = name.trim_end_matches(|c: char| c.is_ascii_digit());
-        let split = if split.is_empty() { name } else { split };
-        splits.insert(split.to_owned(), SplitSource::Coco { json, images });
+fn voc_splits(root: &Path) -> Result<Splits> {
+    if !root.join("Annotations").is_dir() {
+        return Ok(Splits::new());
     }
-    splits
+    let lists = files_with_extension(&root.join("ImageSets/Main"), "txt")?;
+    // Lists of one class (`cat_train.txt`) are no splits.
+    let splits = lists
+        .iter()
+        .map(|file| stem(file))
+        .filter(|split| !split.contains('_'));
+    let source = |split: String| SplitSource::Voc {
+        root: root.to_path_buf(),
+        split,
+    };
+    Ok(splits.map(|split| (split.clone(), source(split))).collect())
+}
+
+fn coco_splits(root: &Path) -> Result<Splits> {
+    let mut found = Vec::new();
+    for folder in [root.to_path_buf(), root.join("annotations")] {
+        for json in files_with_extension(&folder, "json")? {
+            let name = stem(&json);
+            let name = name.strip_prefix("instances_").unwrap_or(&name);
+            let images = [root.join(name), root.join("images").join(name)]
+                .into_iter()
+                .find(|folder| folder.is_dir());
+            if let Some(images) = images {
+                found.push((split_name(name).to_owned(), json, images));
+            }
+        }
+    }
+    for images in entries(root)? {
+        let json = images.join("_annotations.coco.json");
+        if json.is_file() {
+            let name = images
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            found.push((split_name(&name).to_owned(), json, images));
+        }
+    }
+    let mut splits = Splits::new();
+    for (split, json, images) in found {
+        let this = json.display().to_string();
+        let previous = splits.insert(split.clone(), SplitSource::Coco { json, images });
+        if let Some(SplitSource::Coco { json, .. }) = previous {
+            let what = format!(
+                "both {} and {this} look like the split {split:?}: name the files with --train-json and --train-images",
+                json.display()
+            );
+            return Err(DataError::Malformed {
+                file: root.to_path_buf(),
+                what,
+            });
+        }
+    }
+    Ok(splits)
+}
+
+fn record_splits(root: &Path) -> Result<Splits> {
+    let mut splits: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
+    for file in files_with_extension(root, "tfrecord")? {
+        let name = ShardName::parse(&file).map_or_else(|| stem(&file), |name| name.prefix);
+        splits.entry(split_name(&name).to_owned()).or_default().push(file);
+    }
+    let source = |(split, shards)| (split, SplitSource::TfRecord { shards });
+    Ok(splits.into_iter().map(source).collect())
 }
 
 #[cfg(test)]
@@ -197,5 +267,69 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("/no/such/folder"), "{error}");
+    }
+
+    /// The splits of a folder of empty files.
+    fn find(paths: &[&str]) -> Result<Vec<(String, SplitSource)>> {
+        let root = tempfile::tempdir().unwrap();
+        for path in paths {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        Ok(Layout::find(root.path())?.splits.into_iter().collect())
+    }
+
+    #[test]
+    fn folders_with_their_own_annotations_are_splits() {
+        let splits = find(&[
+            "train/_annotations.coco.json",
+            "valid/_annotations.coco.json",
+            "README.txt",
+        ])
+        .unwrap();
+        let names: Vec<_> = splits.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["train", "val"]);
+    }
+
+    #[test]
+    fn records_are_grouped_by_their_split() {
+        let splits = find(&[
+            "val-00001-of-00002.tfrecord",
+            "val-00000-of-00002.tfrecord",
+            "train2017-00000-of-00001.tfrecord",
+            "val.categories.json",
+        ])
+        .unwrap();
+        let shards: Vec<_> = (splits.iter())
+            .map(|(name, source)| match source {
+                SplitSource::TfRecord { shards } => (name.as_str(), shards.len()),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(shards, [("train", 1), ("val", 2)]);
+    }
+
+    #[test]
+    fn an_incomplete_set_of_records_is_refused_when_it_is_loaded() {
+        let splits = find(&["val-00001-of-00002.tfrecord"]).unwrap();
+        let error = splits[0].1.load().unwrap_err().to_string();
+        assert!(error.contains("00000"), "{error}");
+    }
+
+    #[test]
+    fn two_annotation_files_for_one_split_are_refused() {
+        let error = find(&[
+            "annotations/instances_train2014.json",
+            "annotations/instances_train2017.json",
+            "train2014/a.jpg",
+            "train2017/a.jpg",
+        ])
+        .unwrap_err()
+        .to_string();
+        assert!(
+            error.contains("train2014.json") && error.contains("train2017.json"),
+            "{error}"
+        );
     }
 }

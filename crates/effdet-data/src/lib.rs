@@ -3,11 +3,14 @@
 
 pub mod batch;
 pub mod coco;
+pub mod convert;
 pub mod dataset;
 pub mod decode;
 pub mod error;
+pub mod inspect;
 pub mod layout;
 pub mod loader;
 pub mod preprocess;
 pub mod synthetic;
+pub mod tfrecord;
 pub mod voc;

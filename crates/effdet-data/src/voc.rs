@@ -12,9 +12,7 @@ use quick_xml::Reader;
 use quick_xml::events::Event;
 
 use crate::coco::{clip, confined_join};
-use crate::dataset::{
-    Category, DetectionDataset, Example, Finding, ImageSource, LoadReport, ObjectAnnotation,
-};
+use crate::dataset::{Category, DetectionDataset, Example, ImageSource, LoadReport, ObjectAnnotation};
 use crate::error::{DataError, Result};
 
 /// Elements deeper than this are no VOC annotation.
@@ -262,14 +260,6 @@ fn image_file(root: &Path, stem: &str, list: &Path) -> Result<std::path::PathBuf
             folder.display()
         ),
     ))
-}
-
-/// Records of a report as lines.
-pub fn describe(findings: &[Finding]) -> Vec<String> {
-    findings
-        .iter()
-        .map(|f| format!("{}, record {}: {}", f.file, f.record, f.what))
-        .collect()
 }
 
 #[cfg(test)]
