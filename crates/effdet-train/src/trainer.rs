@@ -12,7 +12,7 @@ use effdet_dist::ProcessGroup;
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
 use effdet_model::engine::{Engine, StepLosses, StepOptions};
-use effdet_model::label_map::LabelMap;
+use effdet_model::label_map::{ClassIndex, LabelMap};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use serde::{Deserialize, Serialize};
@@ -499,7 +499,6 @@ impl<'c> Trainer<'c> {
             .map_err(|error| TrainError::Config(format!("hyper-parameters: {error}")))?;
         let configuration = serde_json::to_string(&(&hparams, self.config))
             .map_err(|error| TrainError::Config(format!("configuration: {error}")))?;
-        let classes = inputs.label_map.categories();
         let manifest = CheckpointState {
             step: state.step,
             epoch: state.step / self.steps_per_epoch,
@@ -507,12 +506,7 @@ impl<'c> Trainer<'c> {
             model: inputs.network.hparams.name.clone(),
             profile: inputs.network.hparams.profile,
             hparams,
-            class_map: classes
-                .map(|(id, name)| ClassEntry {
-                    id: id.0,
-                    name: name.to_owned(),
-                })
-                .collect(),
+            class_map: class_entries(&inputs.label_map),
             data_fingerprint: inputs.train.fingerprint(),
             config_hash: effdet_ckpt::sha256_hex(configuration.as_bytes()),
             loss_scale: None,
@@ -555,6 +549,17 @@ impl<'c> Trainer<'c> {
         }
         Ok(())
     }
+}
+
+/// The classes as a checkpoint lists them: one entry per output that stands for a category id, unnamed where the id has none.
+pub fn class_entries(label_map: &LabelMap) -> Vec<ClassEntry> {
+    (0..label_map.min_num_classes() as u32)
+        .filter_map(|index| {
+            let id = label_map.category_id(ClassIndex(index))?;
+            let name = label_map.name(id).unwrap_or_default().to_owned();
+            Some(ClassEntry { id: id.0, name })
+        })
+        .collect()
 }
 
 fn emit(sinks: &mut [&mut dyn EventSink], event: &Event<'_>) -> Result<(), TrainError> {

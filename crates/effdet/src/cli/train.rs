@@ -36,7 +36,7 @@ pub struct EngineArgs {
 }
 
 /// Where the data lies.
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Default, PartialEq, Args, serde::Serialize, serde::Deserialize)]
 pub struct SourceArgs {
     /// Data set folder; COCO, VOC or TFRecord layout is recognised.
     #[arg(long, short, value_name = "DIR")]

@@ -14,7 +14,11 @@ mod inspect_model;
 mod inspect_trace;
 mod model;
 mod progress;
+mod quickstart;
+mod report;
 mod sources;
+mod terminal;
+mod train;
 
 use std::process::ExitCode;
 
@@ -34,7 +38,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "effdet", &mut std::io::stdout());
         }
-        _ => anyhow::bail!("not wired yet"),
+        Command::Train(args) => return train::run(&args),
     }
     Ok(ExitCode::SUCCESS)
 }

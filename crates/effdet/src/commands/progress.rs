@@ -20,7 +20,7 @@ impl Progress {
     /// A bar for `total` items called `what`.
     pub fn new(total: u64, what: &str) -> Self {
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
-        let template = format!("{what} {{wide_bar}} {{pos}}/{{len}}  {{eta}} left  {{msg}}");
+        let template = format!("{what} {{wide_bar}} {{pos}}/{{len}}  {{eta}} left");
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style);
         }
@@ -39,11 +39,6 @@ impl Progress {
             self.visible = true;
         }
         self.bar.inc(items);
-    }
-
-    /// Says something beside the bar.
-    pub fn message(&self, text: String) {
-        self.bar.set_message(text);
     }
 
     /// Prints a line to stderr without tearing the bar.

@@ -1,11 +1,13 @@
 //! Data sets named on the command line.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use effdet_data::coco;
-use effdet_data::dataset::{DetectionDataset, Finding, LoadReport};
+use effdet_data::dataset::{DetectionDataset, Finding, LoadReport, ObjectAnnotation};
 use effdet_data::layout::Layout;
+use effdet_data::tfrecord::{self, ReadOptions};
 
 use crate::cli::SourceArgs;
 
@@ -66,6 +68,7 @@ pub fn load(args: &SourceArgs, part: Part) -> Result<Option<DetectionDataset>> {
     };
     warn(&dataset.name, "boxes cut to their image", &report.clipped);
     warn(&dataset.name, "objects left out", &report.dropped);
+    warn(&dataset.name, "damaged records left out", &report.skipped);
     Ok(Some(dataset))
 }
 
@@ -86,8 +89,29 @@ pub fn require(args: &SourceArgs, part: Part) -> Result<DetectionDataset> {
     })
 }
 
-fn load_records(pattern: &str, _ground_truth: Option<&Path>) -> Result<(DetectionDataset, LoadReport)> {
-    bail!("{pattern}: TFRecord shards cannot be read yet")
+/// Records; where there is an instances file too, objects and categories are those of the file, as in the reference's evaluation.
+fn load_records(pattern: &str, ground_truth: Option<&Path>) -> Result<(DetectionDataset, LoadReport)> {
+    let (mut records, mut report) = tfrecord::load(pattern, &ReadOptions::default())?;
+    if let Some(json) = ground_truth {
+        // The images come from the records, so the folder plays no part.
+        let (truth, truth_report) = coco::load(json, Path::new(""))?;
+        let mut objects: HashMap<i64, Vec<ObjectAnnotation>> = (truth.examples.into_iter())
+            .map(|example| (example.image_id, example.objects))
+            .collect();
+        for example in &mut records.examples {
+            example.objects = objects.remove(&example.image_id).with_context(|| {
+                format!(
+                    "image {} ({}) of {pattern} is not in {}: give the annotations that the records were made from",
+                    example.image_id,
+                    example.file_name,
+                    json.display()
+                )
+            })?;
+        }
+        records.categories = truth.categories;
+        (report.clipped, report.dropped) = (truth_report.clipped, truth_report.dropped);
+    }
+    Ok((records, report))
 }
 
 fn warn(name: &str, what: &str, findings: &[Finding]) {
@@ -96,7 +120,7 @@ fn warn(name: &str, what: &str, findings: &[Finding]) {
     }
     eprintln!("warning: {name}: {} {what}", findings.len());
     for finding in findings.iter().take(FINDINGS_SHOWN) {
-        eprintln!("  {}, record {}: {}", finding.file, finding.record, finding.what);
+        eprintln!("  {finding}");
     }
     if findings.len() > FINDINGS_SHOWN {
         eprintln!("  and {} more", findings.len() - FINDINGS_SHOWN);

@@ -1,0 +1,331 @@
+//! The real binary, end to end, on small rendered data in scratch folders.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A scratch folder in which the binary runs.
+struct Scratch(TempDir);
+
+/// One finished command.
+struct Finished {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    /// A scratch folder with a data set `shapes` of 8 training and 3 held-out images.
+    fn with_data() -> Self {
+        let scratch = Self::new();
+        scratch.succeed("data synth --output shapes --images 8 --val-images 3 --image-size 64");
+        scratch
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs the binary with arguments separated by spaces.
+    fn run(&self, arguments: &str) -> Finished {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = Command::new(env!("CARGO_BIN_EXE_effdet"))
+            .args(arguments.split_whitespace())
+            .current_dir(self.0.path())
+            .output()
+            .unwrap();
+        Finished {
+            code: status.code(),
+            stdout: String::from_utf8(stdout).unwrap(),
+            stderr: String::from_utf8(stderr).unwrap(),
+        }
+    }
+
+    fn succeed(&self, arguments: &str) -> String {
+        let finished = self.run(arguments);
+        assert_eq!(
+            finished.code,
+            Some(0),
+            "effdet {arguments}\n{}\n{}",
+            finished.stdout,
+            finished.stderr
+        );
+        finished.stdout
+    }
+
+    /// Runs a command that has to fail with `code` and returns its messages.
+    fn fail(&self, code: i32, arguments: &str) -> String {
+        let finished = self.run(arguments);
+        assert_eq!(
+            finished.code,
+            Some(code),
+            "effdet {arguments}\n{}",
+            finished.stderr
+        );
+        assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
+        finished.stderr
+    }
+
+    /// Trains on `shapes` into `run_dir`: 4 steps of 2 epochs unless `options` say otherwise.
+    fn train(&self, run_dir: &str, options: &str) {
+        self.succeed(&format!(
+            "train --data shapes --image-size 64 --batch-size 4 --epochs 2 --quiet --run-dir {run_dir} {options}"
+        ));
+    }
+
+    /// Hashes of weights and moving averages of the newest checkpoint of `run_dir`.
+    fn hashes(&self, run_dir: &str) -> (String, String) {
+        let report: Value =
+            serde_json::from_str(&self.succeed(&format!("inspect checkpoint {run_dir} --json"))).unwrap();
+        let hash = |key: &str| report[key].as_str().unwrap().to_owned();
+        (hash("weights_hash"), hash("ema_hash"))
+    }
+}
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden")).join(name)
+}
+
+fn json_of(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one() {
+    let scratch = Scratch::with_data();
+    scratch.train("whole", "");
+    // Step 3 lies in the middle of the second epoch.
+    scratch.train("cut", "--max-steps 3");
+    let cut = scratch.hashes("cut");
+    scratch.succeed("train --resume --run-dir cut --max-steps 4 --quiet");
+    assert_eq!(scratch.hashes("cut"), scratch.hashes("whole"));
+    assert_ne!(scratch.hashes("cut"), cut);
+}
+
+#[test]
+fn threads_instruction_sets_and_loader_workers_leave_the_bits_alone() {
+    let scratch = Scratch::with_data();
+    scratch.train("one", "--threads 1 --workers 0 --max-steps 2");
+    scratch.train("two", "--threads 2 --workers 2 --max-steps 2");
+    scratch.train("portable", "--isa portable --max-steps 2");
+    assert_eq!(scratch.hashes("one"), scratch.hashes("two"));
+    assert_eq!(scratch.hashes("one"), scratch.hashes("portable"));
+    scratch.train("other_seed", "--seed 1 --max-steps 2");
+    assert_ne!(scratch.hashes("one"), scratch.hashes("other_seed"));
+}
+
+#[test]
+fn a_trained_checkpoint_is_evaluated_run_and_traced() {
+    let scratch = Scratch::with_data();
+    scratch.train("run", "");
+    assert!(scratch.path("run/config.toml").is_file());
+    assert_eq!(fs::read_dir(scratch.path("run/samples")).unwrap().count(), 3);
+
+    // Scoring the saved detections without the model gives the numbers of the evaluation that saved them.
+    let of_checkpoint: Value = serde_json::from_str(
+        &scratch.succeed("eval --checkpoint run --data shapes --json --save-results results.json"),
+    )
+    .unwrap();
+    let of_file: Value =
+        serde_json::from_str(&scratch.succeed(
+            "eval --results results.json --ground-truth shapes/annotations/instances_val.json --json",
+        ))
+        .unwrap();
+    assert_eq!(of_checkpoint["metrics"], of_file["metrics"]);
+    let found = json_of(&scratch.path("results.json")).as_array().unwrap().len();
+    assert_eq!(found, 300, "100 detections per image");
+
+    fs::write(scratch.path("shapes/val/broken.jpg"), b"\xff\xd8\xff not a JPEG").unwrap();
+    let finished = scratch.run("infer --checkpoint run shapes/val --score-threshold 0 --output-dir out");
+    assert_eq!(finished.code, Some(1));
+    assert!(finished.stderr.contains("broken.jpg"), "{}", finished.stderr);
+    let images = json_of(&scratch.path("out/detections.json"));
+    assert_eq!(images.as_array().unwrap().len(), 3);
+    for image in images.as_array().unwrap() {
+        let stem = Path::new(image["file"].as_str().unwrap()).file_stem().unwrap();
+        let drawn = scratch.path("out").join(stem).with_extension("jpg");
+        assert!(drawn.is_file(), "{}", drawn.display());
+        for detection in image["detections"].as_array().unwrap() {
+            let values: Vec<f64> = (detection["bbox"].as_array().unwrap().iter())
+                .map(|value| value.as_f64().unwrap())
+                .collect();
+            let [x, y, w, h] = values[..] else {
+                panic!("{values:?}")
+            };
+            assert!(
+                x >= 0.0 && y >= 0.0 && x + w <= 64.001 && y + h <= 64.001,
+                "{values:?}"
+            );
+            assert!(detection["score"].as_f64().unwrap() > 0.0);
+        }
+    }
+
+    fs::write(
+        scratch.path("boxes.json"),
+        r#"[[{"box": [8, 8, 40, 48], "class": 2}]]"#,
+    )
+    .unwrap();
+    let image = "--checkpoint run --input shapes/val/000008.jpg --boxes boxes.json";
+    scratch.succeed(&format!("inspect trace {image} --out fast.safetensors"));
+    scratch.succeed(&format!(
+        "inspect trace {image} --reference --out plain.safetensors"
+    ));
+    let fast = fs::read(scratch.path("fast.safetensors")).unwrap();
+    let plain = fs::read(scratch.path("plain.safetensors")).unwrap();
+    let fast = safetensors::SafeTensors::deserialize(&fast).unwrap();
+    let plain = safetensors::SafeTensors::deserialize(&plain).unwrap();
+    let mut names = fast.names();
+    names.sort();
+    let mut expected = plain.names();
+    expected.sort();
+    assert_eq!(names, expected, "both engines name the same outputs");
+    for name in ["losses/class", "losses/box", "losses/det"] {
+        let value = |tensors: &safetensors::SafeTensors<'_>| {
+            let bytes = tensors.tensor(name).unwrap().data().to_vec();
+            f32::from_le_bytes(bytes.try_into().unwrap())
+        };
+        let (fast, plain) = (value(&fast), value(&plain));
+        assert!(
+            (fast - plain).abs() <= 1e-4 * plain.abs(),
+            "{name}: {fast} and {plain}"
+        );
+    }
+    assert_eq!(
+        fast.tensor("targets/class").unwrap().data(),
+        plain.tensor("targets/class").unwrap().data()
+    );
+    assert!(names.contains(&"gradients/class_net/class-predict/bias"));
+}
+
+/// Source: `golden_coco.json`, numbers of pycocotools.
+#[test]
+fn somebody_elses_detections_score_as_with_pycocotools() {
+    let scratch = Scratch::new();
+    let document = json_of(&golden("golden_coco.json"));
+    let rows: Vec<Value> = (document["detections"].as_array().unwrap().iter())
+        .map(|row| {
+            serde_json::json!({"image_id": row[0], "bbox": [row[1], row[2], row[3], row[4]],
+                               "score": row[5], "category_id": row[6]})
+        })
+        .collect();
+    fs::write(scratch.path("truth.json"), document["ground_truth"].to_string()).unwrap();
+    fs::write(scratch.path("results.json"), Value::from(rows).to_string()).unwrap();
+    let report: Value = serde_json::from_str(
+        &scratch.succeed("eval --results results.json --ground-truth truth.json --json"),
+    )
+    .unwrap();
+    let expected = document["result"]["stats"].as_array().unwrap();
+    let metrics = report["metrics"].as_object().unwrap();
+    assert_eq!(metrics.len(), expected.len());
+    for (name, value) in document["result"]["names"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(expected)
+    {
+        let name = name.as_str().unwrap();
+        let (found, value) = (metrics[name].as_f64().unwrap(), value.as_f64().unwrap());
+        assert!((found - value).abs() < 1e-12, "{name}: {found} and {value}");
+    }
+}
+
+#[test]
+fn wrong_use_is_an_error_of_usage_that_suggests_the_right_one() {
+    let scratch = Scratch::new();
+    let message = scratch.fail(2, "train --batch-sise 4");
+    assert!(message.contains("--batch-size"), "{message}");
+    let message = scratch.fail(1, "inspect model --model d00");
+    assert!(message.contains("did you mean"), "{message}");
+    let message = scratch.fail(1, "inspect model --hparams num_clases=3");
+    assert!(message.contains("did you mean"), "{message}");
+    let message = scratch.fail(1, "train --amp");
+    assert!(message.contains("half precision"), "{message}");
+}
+
+#[test]
+fn missing_data_and_checkpoints_are_named() {
+    let scratch = Scratch::with_data();
+    let message = scratch.fail(1, "train --data nowhere");
+    assert!(message.contains("nowhere"), "{message}");
+    assert!(!scratch.path("runs").exists(), "nothing was created");
+    let message = scratch.fail(1, "train --data shapes --train-split tain");
+    assert!(message.contains("tain") && message.contains("train"), "{message}");
+    let message = scratch.fail(1, "eval --checkpoint shapes --data shapes");
+    assert!(message.contains("no complete checkpoint"), "{message}");
+    let message = scratch.fail(1, "infer --checkpoint shapes nothing.jpg");
+    assert!(message.contains("nothing.jpg"), "{message}");
+}
+
+#[test]
+fn a_run_folder_is_never_overwritten() {
+    let scratch = Scratch::with_data();
+    scratch.train("run", "--max-steps 1");
+    let before = scratch.hashes("run");
+    let message = scratch.fail(1, "train --data shapes --image-size 64 --run-dir run");
+    assert!(message.contains("--resume"), "{message}");
+    assert_eq!(scratch.hashes("run"), before);
+}
+
+#[test]
+fn a_data_set_survives_records_and_back() {
+    let scratch = Scratch::with_data();
+    scratch.succeed("data convert --data shapes --to tfrecord --output records/train --num-shards 3");
+    scratch.succeed("data convert --data records --to coco --output copy");
+    let fingerprint = |data: &str| {
+        let report: Value =
+            serde_json::from_str(&scratch.succeed(&format!("data inspect --data {data} --json"))).unwrap();
+        report["splits"][0]["fingerprint"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(fingerprint("copy"), fingerprint("shapes"));
+    let image = "train/000003.jpg";
+    assert_eq!(
+        fs::read(scratch.path("copy").join(image)).unwrap(),
+        fs::read(scratch.path("shapes").join(image)).unwrap()
+    );
+    let message = scratch.fail(1, "data convert --data shapes --to coco --output copy");
+    assert!(message.contains("already"), "{message}");
+}
+
+/// The reference evaluates images from records against ground truth from an instances file.
+#[test]
+fn records_train_and_score_like_the_files_they_were_made_from() {
+    let scratch = Scratch::with_data();
+    scratch.train("files", "--max-steps 1");
+    scratch.succeed("data convert --data shapes --to tfrecord --output records/train --num-shards 2");
+    scratch.succeed(
+        "data convert --data shapes --train-split val --to tfrecord --output records/val --num-shards 1",
+    );
+    scratch.succeed(
+        "train --training_file_pattern records/train-* --val_file_pattern records/val-* \
+         --val_json_file shapes/annotations/instances_val.json --image_size 64 --batch_size 4 --num_epochs 2 \
+         --max-steps 1 --quiet --model_dir records_run",
+    );
+    assert_eq!(scratch.hashes("files"), scratch.hashes("records_run"));
+    let score = |options: &str| {
+        let report = scratch.succeed(&format!("eval --checkpoint files --json {options}"));
+        serde_json::from_str::<Value>(&report).unwrap()["metrics"].clone()
+    };
+    assert_eq!(
+        score("--val_file_pattern records/val-* --val_json_file shapes/annotations/instances_val.json"),
+        score("--data shapes")
+    );
+}
+
+#[test]
+fn a_dry_run_prints_a_configuration_and_leaves_nothing_behind() {
+    let scratch = Scratch::with_data();
+    let text = scratch.succeed("train --data shapes --image-size 64 --lr 0.01 --dry-run");
+    assert!(text.contains("learning_rate = 0.01"), "{text}");
+    assert!(text.contains("num_classes = 4"), "{text}");
+    assert!(!scratch.path("runs").exists());
+}
