@@ -11,9 +11,12 @@ use effdet_model::label_map::CategoryId;
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::{
-    Category, DetectionDataset, Example, Finding, ImageSource, LoadReport, ObjectAnnotation,
+    Category, DetectionDataset, Example, Finding, ImageSource, LoadReport, ObjectAnnotation, read_file,
 };
 use crate::error::{DataError, Result};
+
+/// Ten times the instances file of COCO's training set.
+const MAX_JSON_BYTES: u64 = 4 << 30;
 
 #[derive(Deserialize)]
 struct Instances {
@@ -60,10 +63,7 @@ fn malformed(file: &Path, what: String) -> DataError {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(file: &Path) -> Result<T> {
-    let bytes = fs::read(file).map_err(|source| DataError::Io {
-        file: file.to_path_buf(),
-        source,
-    })?;
+    let bytes = read_file(file, MAX_JSON_BYTES)?;
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     serde_json::from_slice(text).map_err(|error| malformed(file, format!("not the expected JSON: {error}")))
 }
@@ -158,7 +158,7 @@ pub fn load(json: &Path, image_dir: &Path) -> Result<(DetectionDataset, LoadRepo
         example.objects.push(ObjectAnnotation {
             box_xywh_px,
             category: CategoryId(category),
-            area: annotation.area.unwrap_or(bbox[2] * bbox[3]),
+            area: annotation.area.unwrap_or(box_xywh_px[2] * box_xywh_px[3]),
             is_crowd: annotation.iscrowd != 0,
             difficult: false,
         });
@@ -396,7 +396,7 @@ mod tests {
         assert_eq!((objects[0].is_crowd, objects[0].area), (true, 5.5));
         assert_eq!(
             (objects[1].box_xywh_px, objects[1].area),
-            ([15.0, 5.0, 5.0, 5.0], 100.0)
+            ([15.0, 5.0, 5.0, 5.0], 25.0)
         );
         assert_eq!(report.clipped.iter().map(|f| f.record).collect::<Vec<_>>(), [2]);
         assert_eq!(
@@ -444,6 +444,59 @@ mod tests {
                 .contains("annotations")
         );
         assert!(load_text("{\"images\": [").is_err());
+    }
+
+    #[test]
+    fn every_truncation_duplicate_keys_and_infinite_numbers_are_errors() {
+        let text = format!("{{{IMAGE}, {CATEGORIES}, \"annotations\": []}}");
+        assert!(load_text(&text).is_ok());
+        for len in 0..text.len() {
+            assert!(load_text(&text[..len]).is_err(), "{len} bytes");
+        }
+        for faulty in [
+            format!("{{{IMAGE}, {IMAGE}, \"annotations\": []}}"),
+            text.replace(
+                "[]",
+                "[{\"image_id\": 3, \"category_id\": 7, \"bbox\": [1, 2, 3, 1e999]}]",
+            ),
+            text.replace("\"width\": 20", "\"width\": -20"),
+        ] {
+            let error = load_text(&faulty).unwrap_err().to_string();
+            assert!(
+                error.contains("a.json") && error.contains("line"),
+                "{}",
+                &error[..error.len().min(200)]
+            );
+        }
+    }
+
+    #[test]
+    fn deep_nesting_is_ignored_under_unknown_keys_and_an_error_elsewhere() {
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        let text = format!("{{{IMAGE}, {CATEGORIES}, \"annotations\": [], \"info\": {deep}}}");
+        assert!(load_text(&text).is_ok());
+        assert!(
+            load_text(&text.replace("\"annotations\": []", &format!("\"annotations\": {deep}"))).is_err()
+        );
+    }
+
+    #[test]
+    fn an_image_or_category_id_that_occurs_twice_is_refused() {
+        let image = r#"{"id": 3, "file_name": "a.jpg"}"#;
+        let category = r#"{"id": 7, "name": "cat"}"#;
+        for (images, categories, expected) in [
+            (format!("{image}, {image}"), category.to_owned(), "image id 3"),
+            (
+                image.to_owned(),
+                format!("{category}, {category}"),
+                "category id 7",
+            ),
+        ] {
+            let text =
+                format!("{{\"images\": [{images}], \"categories\": [{categories}], \"annotations\": []}}");
+            let error = load_text(&text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

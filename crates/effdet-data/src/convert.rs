@@ -34,6 +34,14 @@ pub fn to_coco_folder(
 ) -> Result<CocoFolder> {
     let images = confined_join(folder, split, folder)?;
     let json = folder.join("annotations").join(format!("instances_{split}.json"));
+    if json.exists() {
+        return Err(DataError::Caller {
+            what: format!(
+                "{} is there already: choose another folder or split",
+                json.display()
+            ),
+        });
+    }
     let mut taken = HashSet::with_capacity(dataset.examples.len());
     let mut examples = Vec::with_capacity(dataset.examples.len());
     for example in &dataset.examples {

@@ -1,8 +1,8 @@
 //! The common model of a data set, whatever format it came from.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,37 +50,63 @@ impl ImageSource {
     /// # Errors
     /// [`DataError::Io`]; [`DataError::TooLarge`] before anything is allocated.
     pub fn read_bytes(&self, max_bytes: u64) -> Result<Vec<u8>> {
-        let io = |file: &Path| {
-            let file = file.to_path_buf();
-            move |source| DataError::Io { file, source }
-        };
-        let limit = |file: &Path, bytes: u64| match bytes > max_bytes {
-            true => Err(DataError::TooLarge {
-                file: file.display().to_string(),
-                bytes,
-                limit: max_bytes,
-            }),
-            false => Ok(()),
-        };
         match self {
-            Self::File(path) => {
-                let mut file = File::open(path).map_err(io(path))?;
-                let len = file.metadata().map_err(io(path))?.len();
-                limit(path, len)?;
-                let mut bytes = Vec::with_capacity(len as usize);
-                file.read_to_end(&mut bytes).map_err(io(path))?;
-                Ok(bytes)
-            }
+            Self::File(file) => read_file(file, max_bytes),
             Self::Record { shard, offset, len } => {
-                limit(shard, *len)?;
-                let mut file = File::open(shard).map_err(io(shard))?;
-                file.seek(SeekFrom::Start(*offset)).map_err(io(shard))?;
-                let mut bytes = vec![0; *len as usize];
-                file.read_exact(&mut bytes).map_err(io(shard))?;
-                Ok(bytes)
+                refuse_large(shard, *len, max_bytes)?;
+                let read = || -> io::Result<Vec<u8>> {
+                    let mut file = File::open(shard)?;
+                    file.seek(SeekFrom::Start(*offset))?;
+                    let mut bytes = vec![0; *len as usize];
+                    file.read_exact(&mut bytes)?;
+                    Ok(bytes)
+                };
+                read().map_err(|source| DataError::Io {
+                    file: shard.to_path_buf(),
+                    source,
+                })
             }
             Self::Memory(bytes) => Ok(bytes.to_vec()),
         }
+    }
+}
+
+/// Reads a regular file of at most `max_bytes`.
+///
+/// # Errors
+/// [`DataError::Io`], also for pipes and devices, which may never end; [`DataError::TooLarge`] before anything is allocated.
+pub(crate) fn read_file(file: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let io = |source| DataError::Io {
+        file: file.to_path_buf(),
+        source,
+    };
+    let metadata = fs::metadata(file).map_err(io)?;
+    if !metadata.is_file() {
+        return Err(io(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        )));
+    }
+    refuse_large(file, metadata.len(), max_bytes)?;
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    let input = File::open(file).map_err(io)?;
+    // The file may have grown since.
+    input
+        .take(max_bytes.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
+    refuse_large(file, bytes.len() as u64, max_bytes)?;
+    Ok(bytes)
+}
+
+fn refuse_large(file: &Path, bytes: u64, limit: u64) -> Result<()> {
+    match bytes > limit {
+        true => Err(DataError::TooLarge {
+            file: file.display().to_string(),
+            bytes,
+            limit,
+        }),
+        false => Ok(()),
     }
 }
 
@@ -124,6 +150,17 @@ pub struct DetectionDataset {
 }
 
 impl DetectionDataset {
+    /// Leaves out the objects marked as difficult, as VOC's own evaluation does; returns how many there were.
+    pub fn remove_difficult(&mut self) -> usize {
+        let mut removed = 0;
+        for example in &mut self.examples {
+            let before = example.objects.len();
+            example.objects.retain(|object| !object.difficult);
+            removed += before - example.objects.len();
+        }
+        removed
+    }
+
     /// SHA-256 over ids, file names, sizes, boxes and categories, in hexadecimal: equal for equal annotations.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
@@ -179,5 +216,95 @@ pub struct Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, record {}: {}", self.file, self.record, self.what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dataset() -> DetectionDataset {
+        let object = |difficult| ObjectAnnotation {
+            box_xywh_px: [1.0, 2.0, 3.0, 4.0],
+            category: CategoryId(1),
+            area: 12.0,
+            is_crowd: false,
+            difficult,
+        };
+        DetectionDataset {
+            name: "test".into(),
+            examples: vec![Example {
+                image_id: 1,
+                source_id: "1".into(),
+                file_name: "a.jpg".into(),
+                width: 10,
+                height: 10,
+                source: ImageSource::Memory(Arc::from(*b"")),
+                objects: [true, false, true].map(object).to_vec(),
+            }],
+            categories: vec![Category {
+                id: CategoryId(1),
+                name: "cat".into(),
+            }],
+        }
+    }
+
+    #[test]
+    fn difficult_objects_are_removed_and_counted() {
+        let mut data = dataset();
+        assert_eq!(data.remove_difficult(), 2);
+        assert_eq!(data.examples[0].objects.len(), 1);
+        assert_eq!(data.remove_difficult(), 0);
+    }
+
+    #[test]
+    fn a_fingerprint_depends_on_annotations_and_not_on_names_of_sets_or_places_of_images() {
+        let changed = |change: fn(&mut DetectionDataset)| {
+            let mut data = dataset();
+            change(&mut data);
+            data.fingerprint() != dataset().fingerprint()
+        };
+        assert!(!changed(|data| data.name.clear()));
+        assert!(!changed(
+            |data| data.examples[0].source = ImageSource::File("elsewhere".into())
+        ));
+        assert!(changed(|data| data.examples[0].image_id = 2));
+        assert!(changed(|data| data.examples[0].width = 11));
+        assert!(changed(|data| data.examples[0].objects[0].box_xywh_px[3] = 4.5));
+        assert!(changed(|data| data.examples[0].objects[0].is_crowd = true));
+        assert!(changed(|data| data.categories[0].name = "dog".into()));
+    }
+
+    #[test]
+    fn files_over_the_limit_and_devices_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.jpg");
+        fs::write(&file, [7; 100]).unwrap();
+        let source = ImageSource::File(file);
+        assert_eq!(source.read_bytes(100).unwrap(), [7; 100]);
+        assert!(matches!(
+            source.read_bytes(99),
+            Err(DataError::TooLarge { bytes: 100, .. })
+        ));
+        let folder = ImageSource::File(folder.path().to_path_buf());
+        assert!(matches!(folder.read_bytes(100), Err(DataError::Io { .. })));
+    }
+
+    #[test]
+    fn a_range_of_a_file_is_read_and_a_range_past_its_end_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a.tfrecord");
+        fs::write(&file, b"0123456789").unwrap();
+        let range = |offset, len| ImageSource::Record {
+            shard: file.as_path().into(),
+            offset,
+            len,
+        };
+        assert_eq!(range(2, 3).read_bytes(3).unwrap(), b"234");
+        assert!(matches!(
+            range(2, 3).read_bytes(2),
+            Err(DataError::TooLarge { .. })
+        ));
+        assert!(matches!(range(8, 3).read_bytes(3), Err(DataError::Io { .. })));
     }
 }

@@ -12,11 +12,15 @@ use quick_xml::Reader;
 use quick_xml::events::Event;
 
 use crate::coco::{clip, confined_join};
-use crate::dataset::{Category, DetectionDataset, Example, ImageSource, LoadReport, ObjectAnnotation};
+use crate::dataset::{
+    Category, DetectionDataset, Example, ImageSource, LoadReport, ObjectAnnotation, read_file,
+};
 use crate::error::{DataError, Result};
 
 /// Elements deeper than this are no VOC annotation.
 const MAX_DEPTH: usize = 16;
+/// No list and no annotation is as long as this.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
 
 #[derive(Debug, Default, PartialEq)]
 struct Annotation {
@@ -135,12 +139,6 @@ fn take_value(file: &Path, annotation: &mut Annotation, path: &[String], text: &
 /// A missing list, annotation or image, and malformed annotations, each with its file.
 pub fn load(root: &Path, split: &str) -> Result<(DetectionDataset, LoadReport)> {
     let list = root.join("ImageSets/Main").join(format!("{split}.txt"));
-    let read = |file: &Path| {
-        fs::read_to_string(file).map_err(|source| DataError::Io {
-            file: file.to_path_buf(),
-            source,
-        })
-    };
     let names = category_names(root)?;
     let voc = LabelMap::voc();
     let categories: Vec<Category> = if names
@@ -164,13 +162,13 @@ pub fn load(root: &Path, split: &str) -> Result<(DetectionDataset, LoadReport)> 
 
     let mut report = LoadReport::default();
     let mut examples = Vec::new();
-    for line in read(&list)?.lines() {
+    for line in read_text(&list)?.lines() {
         // Lists of a single class have a second column.
         let Some(stem) = line.split_whitespace().next() else {
             continue;
         };
         let xml = confined_join(&root.join("Annotations"), &format!("{stem}.xml"), &list)?;
-        let annotation = parse(&xml, &read(&xml)?)?;
+        let annotation = parse(&xml, &read_text(&xml)?)?;
         let image = image_file(root, stem, &list)?;
         let mut example = Example {
             image_id: examples.len() as i64 + 1,
@@ -224,6 +222,11 @@ pub fn load(root: &Path, split: &str) -> Result<(DetectionDataset, LoadReport)> 
     ))
 }
 
+fn read_text(file: &Path) -> Result<String> {
+    String::from_utf8(read_file(file, MAX_TEXT_BYTES)?)
+        .map_err(|_| malformed(file, "is no UTF-8 text: save it as such".into()))
+}
+
 fn category_names(root: &Path) -> Result<BTreeSet<String>> {
     let folder = root.join("Annotations");
     let io = |source| DataError::Io {
@@ -234,11 +237,12 @@ fn category_names(root: &Path) -> Result<BTreeSet<String>> {
     for entry in fs::read_dir(&folder).map_err(io)? {
         let file = entry.map_err(io)?.path();
         if file.extension().is_some_and(|extension| extension == "xml") {
-            let text = fs::read_to_string(&file).map_err(|source| DataError::Io {
-                file: file.clone(),
-                source,
-            })?;
-            names.extend(parse(&file, &text)?.objects.into_iter().map(|object| object.name));
+            names.extend(
+                parse(&file, &read_text(&file)?)?
+                    .objects
+                    .into_iter()
+                    .map(|object| object.name),
+            );
         }
     }
     names.remove("");

@@ -509,7 +509,7 @@ impl RawObject {
         Some(ObjectAnnotation {
             box_xywh_px,
             category: self.category,
-            area: self.area.map_or(bbox[2] * bbox[3], f64::from),
+            area: self.area.map_or(box_xywh_px[2] * box_xywh_px[3], f64::from),
             is_crowd: self.is_crowd,
             difficult: self.difficult,
         })
