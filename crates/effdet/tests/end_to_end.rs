@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -110,6 +110,94 @@ fn an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one() {
     scratch.succeed("train --resume --run-dir cut --max-steps 4 --quiet");
     assert_eq!(scratch.hashes("cut"), scratch.hashes("whole"));
     assert_ne!(scratch.hashes("cut"), cut);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_saves_and_the_run_goes_on_to_the_same_bits() {
+    let scratch = Scratch::with_data();
+    let arguments = "train --data shapes --image-size 64 --batch-size 4 --epochs 40 --quiet --eval-samples 1";
+    let mut child = Command::new(env!("CARGO_BIN_EXE_effdet"))
+        .args(arguments.split_whitespace())
+        .args(["--run-dir", "cut"])
+        .current_dir(scratch.0.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !scratch.path("cut/step-00000002").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before the signal");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let sent = Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status();
+    assert!(sent.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+
+    let report: Value = serde_json::from_str(&scratch.succeed("inspect checkpoint cut --json")).unwrap();
+    let step = report["step"].as_u64().unwrap();
+    assert!((2..80).contains(&step), "{step}");
+    scratch.succeed(&format!(
+        "train --resume --run-dir cut --quiet --max-steps {}",
+        step + 2
+    ));
+    scratch.succeed(&format!("{arguments} --run-dir whole --max-steps {}", step + 2));
+    assert_eq!(scratch.hashes("cut"), scratch.hashes("whole"));
+}
+
+#[test]
+fn resume_finds_the_last_run_on_the_data_and_keeps_its_configuration() {
+    let scratch = Scratch::with_data();
+    let message = scratch.fail(1, "train --data shapes --resume");
+    assert!(message.contains("--run-dir"), "{message}");
+    scratch.succeed("train --data shapes --image-size 64 --batch-size 4 --epochs 1 --max-steps 1 --quiet");
+    let finished = scratch.run("train --data shapes --resume --quiet");
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("resuming runs/d0-1 at step 1"),
+        "{}",
+        finished.stderr
+    );
+    let message = scratch.fail(1, "train --data shapes --resume --lr 0.1");
+    assert!(message.contains("--lr"), "{message}");
+    let message = scratch.fail(1, "train --data elsewhere --resume");
+    assert!(message.contains("no run on this data"), "{message}");
+}
+
+#[test]
+fn pretrained_weights_are_listed_and_frozen_ones_stay() {
+    let scratch = Scratch::with_data();
+    scratch.train("base", "--max-steps 1");
+    let finished = scratch.run(
+        "train --data shapes --image-size 64 --batch-size 4 --max-steps 1 --run-dir tuned --num-classes 6 \
+         --pretrained-ckpt base --freeze (stem|stack_|fpn) --hparams moving_average_decay=0",
+    );
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert!(
+        finished.stderr.contains("707 variables loaded"),
+        "{}",
+        finished.stderr
+    );
+    assert!(
+        finished.stderr.contains("class_net/class-predict/bias"),
+        "{}",
+        finished.stderr
+    );
+    let variables = |file: &str| fs::read(scratch.path(file)).unwrap();
+    // The averages of the base run are what the tuned run starts from.
+    let base = fs::read_dir(scratch.path("base"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("ema.safetensors"))
+        .find(|file| file.is_file())
+        .unwrap();
+    let base = fs::read(base).unwrap();
+    let tuned = variables("tuned/step-00000001/weights.safetensors");
+    let base = safetensors::SafeTensors::deserialize(&base).unwrap();
+    let tuned = safetensors::SafeTensors::deserialize(&tuned).unwrap();
+    let same = |name: &str| base.tensor(name).unwrap().data() == tuned.tensor(name).unwrap().data();
+    assert!(same("stem_conv2d/kernel"), "frozen");
+    assert!(!same("box_net/box-predict/bias"), "trained");
 }
 
 #[test]
@@ -248,6 +336,8 @@ fn wrong_use_is_an_error_of_usage_that_suggests_the_right_one() {
     assert!(message.contains("did you mean"), "{message}");
     let message = scratch.fail(1, "inspect model --hparams num_clases=3");
     assert!(message.contains("did you mean"), "{message}");
+    let message = scratch.fail(1, "train --early-stop mAP");
+    assert!(message.contains("known metrics are AP, AP50"), "{message}");
     let message = scratch.fail(1, "train --amp");
     assert!(message.contains("half precision"), "{message}");
 }

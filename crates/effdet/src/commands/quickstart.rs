@@ -8,7 +8,7 @@ use effdet_model::hparams::ImageSize;
 use effdet_train::modes::EvaluationRule;
 
 use super::model::{apply_overrides, resolve_hparams};
-use super::train::{DataConfig, RunConfig, apply_schedule, run_config};
+use super::run_config::{DataConfig, RunConfig, apply_schedule, run_config};
 use crate::cli::TrainArgs;
 
 /// Enough images for held-out AP above 0.8, few enough for some minutes on two cores.
@@ -42,13 +42,7 @@ pub fn configure(args: &TrainArgs) -> Result<RunConfig> {
         image_size: hparams.image_size.height as u32,
     };
     let rule = EvaluationRule::Every(args.eval_every.unwrap_or(0));
-    Ok(run_config(
-        args,
-        hparams,
-        data,
-        args.batch_size.unwrap_or(BATCH_SIZE),
-        rule,
-    ))
+    run_config(args, hparams, data, args.batch_size.unwrap_or(BATCH_SIZE), rule)
 }
 
 /// What to try after the quickstart.

@@ -1,7 +1,7 @@
 //! Data sets named on the command line.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use effdet_data::coco;
@@ -30,6 +30,29 @@ pub fn is_given(args: &SourceArgs) -> bool {
         || args.val_json.is_some()
         || args.training_file_pattern.is_some()
         || args.val_file_pattern.is_some()
+}
+
+/// The same data, found from any folder.
+pub fn absolute(args: &SourceArgs) -> Result<SourceArgs> {
+    let absolute = |path: &Option<PathBuf>| {
+        let path = path.as_ref();
+        path.map(|path| std::path::absolute(path).with_context(|| path.display().to_string()))
+            .transpose()
+    };
+    let absolute_pattern = |pattern: &Option<String>| -> Result<Option<String>> {
+        let path = absolute(&pattern.as_ref().map(PathBuf::from))?;
+        Ok(path.map(|path| path.display().to_string()))
+    };
+    Ok(SourceArgs {
+        training_file_pattern: absolute_pattern(&args.training_file_pattern)?,
+        val_file_pattern: absolute_pattern(&args.val_file_pattern)?,
+        data: absolute(&args.data)?,
+        train_json: absolute(&args.train_json)?,
+        train_images: absolute(&args.train_images)?,
+        val_json: absolute(&args.val_json)?,
+        val_images: absolute(&args.val_images)?,
+        ..args.clone()
+    })
 }
 
 /// Reads one part; none when the command line does not name it and the data folder lacks that split.

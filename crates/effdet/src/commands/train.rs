@@ -6,133 +6,27 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail};
-use effdet_ckpt::{CheckpointStore, MatchReport, load_backbone, load_tensors, match_variables, weights_hash};
+use anyhow::{Context, Result, bail, ensure};
+use effdet_ckpt::{CheckpointStore, load_backbone, weights_hash};
 use effdet_data::dataset::DetectionDataset;
-use effdet_data::synthetic::{self, SyntheticConfig};
 use effdet_dist::SingleProcess;
-use effdet_model::hparams::{HParams, Profile};
-use effdet_model::label_map::{Indexing, LabelMap};
+use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use effdet_train::eval::Evaluator;
 use effdet_train::events::EventSink;
-use effdet_train::modes::EvaluationRule;
-use effdet_train::trainer::{EarlyStop, Ending, Outcome, RunInputs, TrainConfig, TrainState, Trainer};
-use serde::{Deserialize, Serialize};
+use effdet_train::trainer::{Ending, Outcome, RunInputs, TrainState, Trainer};
 
 use super::engine::cpu_engine;
-use super::model::{apply_overrides, resolve_hparams};
+use super::pretrained::{load_pretrained, print_match};
+use super::run_config::{RunConfig, RunData, configure, label_map_of};
 use super::terminal::Terminal;
-use super::{checkpoint, quickstart, report, sources};
-use crate::cli::{SourceArgs, TrainArgs};
+use super::{quickstart, report, sources};
+use crate::cli::TrainArgs;
 
-/// The effective configuration of a run, saved beside its checkpoints; enough to repeat it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RunConfig {
-    /// How it trains.
-    pub train: TrainConfig,
-    /// Images per evaluation step.
-    pub eval_batch_size: usize,
-    /// Images to evaluate on, at most.
-    pub eval_samples: Option<usize>,
-    /// Where the data lies.
-    pub data: DataConfig,
-    /// Model and schedule.
-    pub hparams: HParams,
-}
-
-/// Where the data of a run lies.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DataConfig {
-    /// Rendered by the program.
-    Synthetic {
-        /// Training images.
-        images: u64,
-        /// Held-out images.
-        val_images: u64,
-        /// Side in pixels.
-        image_size: u32,
-    },
-    /// Named on the command line.
-    Files(SourceArgs),
-}
-
-/// Data of a run.
-pub struct RunData {
-    pub train: Arc<DetectionDataset>,
-    pub val: Option<Arc<DetectionDataset>>,
-}
-
-impl DataConfig {
-    pub fn load(&self, eval_samples: Option<usize>) -> Result<RunData> {
-        let (train, mut val) = match self {
-            Self::Synthetic {
-                images,
-                val_images,
-                image_size,
-            } => {
-                let config = SyntheticConfig {
-                    image_size: *image_size,
-                    ..SyntheticConfig::default()
-                };
-                let train = synthetic::dataset(&config, 0..*images);
-                (
-                    train,
-                    Some(synthetic::dataset(&config, *images..images + val_images)),
-                )
-            }
-            Self::Files(args) => (
-                sources::require(args, sources::Part::Train)?,
-                sources::load(args, sources::Part::Val)?,
-            ),
-        };
-        if let (Some(val), Some(limit)) = (&mut val, eval_samples) {
-            val.examples.truncate(limit);
-        }
-        if train.examples.iter().all(|example| example.objects.is_empty()) {
-            bail!(
-                "{}: none of the {} images has an object; training would see background only. Check the annotation file \
-                 (captions files have no boxes) and the split",
-                train.name,
-                train.examples.len()
-            );
-        }
-        if let Some(val) = &val
-            && val.categories != train.categories
-        {
-            bail!(
-                "categories of the training data ({:?}) and of the held-out data ({:?}) differ; use one class map for both",
-                train.categories,
-                val.categories
-            );
-        }
-        Ok(RunData {
-            train: Arc::new(train),
-            val: val.map(Arc::new),
-        })
-    }
-}
-
-/// The label map of a data set: COCO's own where ids and names are COCO's, otherwise one output per category.
-pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
-    let coco = LabelMap::coco();
-    let is_coco = dataset.categories.len() == coco.len()
-        && dataset
-            .categories
-            .iter()
-            .all(|category| coco.name(category.id) == Some(&category.name));
-    if is_coco {
-        return Ok(coco);
-    }
-    let categories = dataset
-        .categories
-        .iter()
-        .map(|category| (category.id, category.name.clone()));
-    Ok(LabelMap::new(Indexing::Contiguous, categories)?)
-}
+/// Where runs go that were given no folder.
+const RUNS: &str = "runs";
+const CONFIG_FILE: &str = "config.toml";
 
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
@@ -143,16 +37,17 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         return resume(args);
     }
     let given = sources::is_given(&args.source);
-    let config = if given {
+    let (config, data) = if given {
         configure(args)?
     } else {
-        quickstart::configure(args)?
+        let config = quickstart::configure(args)?;
+        let data = config.data.load(config.eval_samples)?;
+        (config, data)
     };
     if args.dry_run {
         print!("{}", toml::to_string(&config)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let data = config.data.load(config.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
     let network = Arc::new(Network::new(&config.hparams)?);
     let mut weights = Weights::init(&network.variables, config.train.seed);
@@ -165,25 +60,11 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         print_match(&format!("weights from {}", path.display()), &report);
     }
     let state = TrainState::new(&network, weights)?;
-    let run_dir = match &args.run_dir {
-        Some(dir) => {
-            if CheckpointStore::new(dir)
-                .list()
-                .is_ok_and(|listing| !listing.complete.is_empty())
-            {
-                bail!(
-                    "{} holds checkpoints of an earlier run: go on with --resume, or choose another --run-dir",
-                    dir.display()
-                );
-            }
-            dir.clone()
-        }
-        None => free_run_dir(if given { &config.hparams.name } else { "quickstart" })?,
-    };
-    fs::create_dir_all(&run_dir).with_context(|| format!("cannot create {}", run_dir.display()))?;
-    let text = toml::to_string(&config)?;
-    fs::write(run_dir.join("config.toml"), &text)
-        .with_context(|| format!("cannot write {}", run_dir.join("config.toml").display()))?;
+    let name = if given { &config.hparams.name } else { "quickstart" };
+    let run_dir = new_run_dir(args.run_dir.as_deref(), name)?;
+    let file = run_dir.join(CONFIG_FILE);
+    fs::write(&file, toml::to_string(&config)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
     let ending = execute(args, &config, data, label_map, &network, state, &run_dir)?;
     if !given && ending == Ending::Complete {
         quickstart::next_steps(&run_dir);
@@ -204,21 +85,17 @@ fn exit_code(ending: Ending, run_dir: &Path) -> Result<ExitCode> {
 
 /// Goes on with a run by its own configuration.
 fn resume(args: &TrainArgs) -> Result<ExitCode> {
-    let run_dir = args
-        .run_dir
-        .clone()
-        .context("--resume needs the folder of the run: --run-dir DIR")?;
-    let file = run_dir.join("config.toml");
-    let text = fs::read_to_string(&file)
-        .with_context(|| format!("cannot read {}: is this the folder of a run?", file.display()))?;
-    let mut config: RunConfig = toml::from_str(&text).with_context(|| format!("{}", file.display()))?;
+    refuse_changes(args)?;
+    let run_dir = match &args.run_dir {
+        Some(dir) => dir.clone(),
+        None => newest_run(args)?,
+    };
+    let mut config = read_config(&run_dir)?;
     // What may change without changing the numbers, or is asked for on purpose.
     if let Some(workers) = args.workers {
         config.train.workers = workers;
     }
-    if args.max_steps.is_some() {
-        config.train.max_steps = args.max_steps;
-    }
+    config.train.max_steps = args.max_steps;
     let data = config.data.load(config.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
     let network = Arc::new(Network::new(&config.hparams)?);
@@ -243,6 +120,70 @@ fn resume(args: &TrainArgs) -> Result<ExitCode> {
     let state = TrainState::from_checkpoint(&network, checkpoint)?;
     let ending = execute(args, &config, data, label_map, &network, state, &run_dir)?;
     exit_code(ending, &run_dir)
+}
+
+fn read_config(run_dir: &Path) -> Result<RunConfig> {
+    let file = run_dir.join(CONFIG_FILE);
+    let text = fs::read_to_string(&file)
+        .with_context(|| format!("cannot read {}: is this the folder of a run?", file.display()))?;
+    toml::from_str(&text).with_context(|| file.display().to_string())
+}
+
+/// A resumed run goes by its own configuration; options that say otherwise would be ignored without a word.
+fn refuse_changes(args: &TrainArgs) -> Result<()> {
+    let given = [
+        ("--model", args.model.model.is_some()),
+        ("--hparams", !args.model.hparams.is_empty()),
+        ("--image-size", args.model.image_size.is_some()),
+        ("--profile", args.model.profile.is_some()),
+        ("--num-classes", args.model.num_classes.is_some()),
+        ("--batch-size", args.batch_size.is_some()),
+        ("--accumulate", args.accumulate != 1),
+        ("--epochs", args.epochs.is_some()),
+        ("--num-examples-per-epoch", args.num_examples_per_epoch.is_some()),
+        ("--lr", args.lr.is_some()),
+        ("--warmup-value", args.warmup_value.is_some()),
+        ("--warmup-epochs", args.warmup_epochs.is_some()),
+        ("--training-mode", args.training_mode.is_some()),
+        ("--eval-every", args.eval_every.is_some()),
+        ("--eval-samples", args.eval_samples.is_some()),
+        ("--early-stop", args.early_stop.is_some()),
+        ("--pretrained-ckpt", args.pretrained_ckpt.is_some()),
+        ("--backbone-init", args.backbone_init.is_some()),
+        ("--freeze", args.freeze.is_some()),
+        ("--seed", args.seed != 0),
+    ];
+    let named: Vec<&str> = (given.iter().filter(|(_, given)| *given).map(|(name, _)| *name)).collect();
+    ensure!(
+        named.is_empty(),
+        "{}: a resumed run keeps its own configuration; leave these out, or start a new run with --pretrained-ckpt",
+        named.join(", ")
+    );
+    Ok(())
+}
+
+/// The run in `runs/` on the same data that was started last.
+fn newest_run(args: &TrainArgs) -> Result<PathBuf> {
+    let wanted = sources::is_given(&args.source).then(|| sources::absolute(&args.source));
+    let wanted = wanted.transpose()?;
+    let mut newest = None;
+    for entry in fs::read_dir(RUNS).into_iter().flatten().flatten() {
+        let dir = entry.path();
+        let Ok(config) = read_config(&dir) else {
+            continue;
+        };
+        let started = fs::metadata(dir.join(CONFIG_FILE)).and_then(|metadata| metadata.modified());
+        let fits = wanted.as_ref().is_none_or(|wanted| config.data.is_of(wanted));
+        if let Ok(started) = started
+            && fits
+            && newest.as_ref().is_none_or(|(time, _)| started > *time)
+        {
+            newest = Some((started, dir));
+        }
+    }
+    newest
+        .map(|(_, dir)| dir)
+        .with_context(|| format!("no run on this data in {RUNS}/: name its folder with --run-dir"))
 }
 
 /// Trains, reports and says where everything is.
@@ -368,146 +309,30 @@ fn stop_flag() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// Configuration of a run on the user's data.
-fn configure(args: &TrainArgs) -> Result<RunConfig> {
-    let mut hparams = resolve_hparams(&args.model, "d0")?;
-    let data = DataConfig::Files(args.source.clone());
-    let loaded = data.load(None)?;
-    let label_map = label_map_of(&loaded.train)?;
-    if args.model.num_classes.is_none() {
-        let coco = label_map.indexing() == Indexing::IdMinusOne;
-        hparams.num_classes = match (coco, hparams.profile) {
-            (true, Profile::Seed) => 91,
-            (true, Profile::Google) => 90,
-            (false, _) => label_map.min_num_classes(),
-        };
+/// Creates the folder of a new run: the given one, or the first of `runs/NAME-1`, `-2`, … that does not exist.
+fn new_run_dir(given: Option<&Path>, name: &str) -> Result<PathBuf> {
+    if let Some(dir) = given {
+        let listing = CheckpointStore::new(dir).list();
+        let used =
+            listing.is_ok_and(|listing| !listing.complete.is_empty() || !listing.passed_over.is_empty());
+        ensure!(
+            !used,
+            "{} holds checkpoints of an earlier run: go on with --resume, or choose another --run-dir",
+            dir.display()
+        );
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        return Ok(dir.to_owned());
     }
-    let batch_size = args.batch_size.unwrap_or(8);
-    // The published rates are per 64 images.
-    let rate = 0.08 * (batch_size * args.accumulate) as f64 / 64.0;
-    (hparams.learning_rate, hparams.lr_warmup_init) = (rate, rate / 100.0);
-    apply_overrides(&mut hparams, &args.model.hparams)?;
-    apply_schedule(args, &mut hparams);
-    hparams.validate()?;
-    let rule = match (args.training_mode.as_deref(), args.eval_every) {
-        (None, every) => EvaluationRule::Every(every.unwrap_or(0)),
-        (Some("train"), _) => EvaluationRule::Train,
-        (Some("traineval"), _) => EvaluationRule::TrainEval {
-            period: args.checkpoint_period,
-        },
-        (Some("train300"), _) => EvaluationRule::Train300,
-        (Some(other), _) => bail!("--training-mode {other:?}: known modes are train, traineval and train300"),
-    };
-    Ok(run_config(
-        args,
-        hparams,
-        data,
-        batch_size,
-        if args.benchmark {
-            EvaluationRule::Never
-        } else {
-            rule
-        },
-    ))
-}
-
-/// Dedicated options win over everything else.
-pub fn apply_schedule(args: &TrainArgs, hparams: &mut HParams) {
-    let set = |slot: &mut f64, value: Option<f64>| {
-        if let Some(value) = value {
-            *slot = value;
-        }
-    };
-    set(&mut hparams.num_epochs, args.epochs);
-    set(&mut hparams.learning_rate, args.lr);
-    set(&mut hparams.lr_warmup_init, args.warmup_value);
-    set(&mut hparams.lr_warmup_epoch, args.warmup_epochs);
-    if args.freeze.is_some() {
-        hparams.var_freeze_expr.clone_from(&args.freeze);
-    }
-}
-
-/// The run that options and hyper-parameters describe.
-pub fn run_config(
-    args: &TrainArgs,
-    hparams: HParams,
-    data: DataConfig,
-    batch_size: usize,
-    rule: EvaluationRule,
-) -> RunConfig {
-    let patience = args.patience;
-    RunConfig {
-        train: TrainConfig {
-            batch_size,
-            accumulate: args.accumulate.max(1),
-            num_examples_per_epoch: args.num_examples_per_epoch,
-            max_steps: args.max_steps.or(args.benchmark.then_some(args.benchmark_steps)),
-            checkpoint_period: args.checkpoint_period,
-            checkpoint_every_steps: args.checkpoint_every_steps,
-            keep_last: args.keep,
-            rule,
-            early_stop: args
-                .early_stop
-                .clone()
-                .map(|metric| EarlyStop { metric, patience }),
-            seed: args.seed,
-            workers: args.workers.unwrap_or(1),
-            use_fake_data: args.use_fake_data,
-        },
-        eval_batch_size: args.eval_batch_size.unwrap_or(batch_size),
-        eval_samples: args.eval_samples,
-        data,
-        hparams,
-    }
-}
-
-/// `runs/NAME-1`, `-2`, … : the first that does not exist.
-fn free_run_dir(name: &str) -> Result<PathBuf> {
+    fs::create_dir_all(RUNS).with_context(|| format!("cannot create {RUNS}/"))?;
     let name = name.trim_start_matches("efficientdet-");
-    (1..100_000)
-        .map(|number| Path::new("runs").join(format!("{name}-{number}")))
-        .find(|dir| !dir.exists())
-        .context("runs/ is full; give --run-dir")
-}
-
-/// Weights of a checkpoint or a safetensors file, by name; what does not fit keeps its initial values.
-fn load_pretrained(path: &Path, network: &Network, weights: &mut Weights) -> Result<MatchReport> {
-    let file = if path.is_file() {
-        path.to_path_buf()
-    } else {
-        let step = checkpoint::open(path)?.path().to_path_buf();
-        let averages = step.join("ema.safetensors");
-        if averages.is_file() {
-            averages
-        } else {
-            step.join("weights.safetensors")
-        }
-    };
-    Ok(match_variables(
-        &network.variables,
-        &load_tensors(&file)?,
-        &[],
-        weights,
-    )?)
-}
-
-fn print_match(title: &str, report: &MatchReport) {
-    eprintln!(
-        "{title}: {} variables loaded, {} tensors of the file skipped, {} variables re-initialised",
-        report.loaded.len(),
-        report.skipped.len(),
-        report.reinitialised.len()
-    );
-    for (what, names) in [
-        ("skipped", format!("{:?}", report.skipped)),
-        ("re-initialised", format!("{:?}", report.reinitialised)),
-    ] {
-        if names.len() > 2 {
-            let short: String = names.chars().take(600).collect();
-            eprintln!(
-                "  {what}: {short}{}",
-                if short.len() < names.len() { " …" } else { "" }
-            );
+    for number in 1u64.. {
+        let dir = Path::new(RUNS).join(format!("{name}-{number}"));
+        // Creating it takes it, so two runs started together get two folders.
+        match fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot create {}", dir.display())),
         }
     }
+    bail!("{RUNS}/ is full: give --run-dir")
 }

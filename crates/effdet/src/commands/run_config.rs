@@ -1,0 +1,244 @@
+//! The effective configuration of a run: command line, preset and data put together.
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail, ensure};
+use effdet_data::dataset::DetectionDataset;
+use effdet_data::synthetic::{self, SyntheticConfig};
+use effdet_metrics::METRIC_NAMES;
+use effdet_model::hparams::{HParams, Profile};
+use effdet_model::label_map::{Indexing, LabelMap};
+use effdet_train::modes::EvaluationRule;
+use effdet_train::trainer::{EarlyStop, TrainConfig};
+use serde::{Deserialize, Serialize};
+
+use super::model::{apply_overrides, resolve_hparams};
+use super::sources;
+use crate::cli::{SourceArgs, TrainArgs};
+
+/// The effective configuration of a run, saved beside its checkpoints; enough to repeat it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// How it trains.
+    pub train: TrainConfig,
+    /// Images per evaluation step.
+    pub eval_batch_size: usize,
+    /// Images to evaluate on, at most.
+    pub eval_samples: Option<usize>,
+    /// Where the data lies.
+    pub data: DataConfig,
+    /// Model and schedule.
+    pub hparams: HParams,
+}
+
+/// Where the data of a run lies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataConfig {
+    /// Rendered by the program.
+    Synthetic {
+        /// Training images.
+        images: u64,
+        /// Held-out images.
+        val_images: u64,
+        /// Side in pixels.
+        image_size: u32,
+    },
+    /// Named on the command line.
+    Files(SourceArgs),
+}
+
+/// Data of a run.
+pub struct RunData {
+    pub train: Arc<DetectionDataset>,
+    pub val: Option<Arc<DetectionDataset>>,
+}
+
+impl DataConfig {
+    /// Whether it is the data that the command line names by `source`.
+    pub fn is_of(&self, source: &SourceArgs) -> bool {
+        matches!(self, Self::Files(own) if own == source)
+    }
+
+    /// Reads or renders the data.
+    pub fn load(&self, eval_samples: Option<usize>) -> Result<RunData> {
+        let (train, mut val) = match self {
+            Self::Synthetic {
+                images,
+                val_images,
+                image_size,
+            } => {
+                let config = SyntheticConfig {
+                    image_size: *image_size,
+                    ..SyntheticConfig::default()
+                };
+                let train = synthetic::dataset(&config, 0..*images);
+                (
+                    train,
+                    Some(synthetic::dataset(&config, *images..images + val_images)),
+                )
+            }
+            Self::Files(args) => (
+                sources::require(args, sources::Part::Train)?,
+                sources::load(args, sources::Part::Val)?,
+            ),
+        };
+        if let (Some(val), Some(limit)) = (&mut val, eval_samples) {
+            val.examples.truncate(limit);
+        }
+        if train.examples.iter().all(|example| example.objects.is_empty()) {
+            bail!(
+                "{}: none of the {} images has an object; training would see background only. Check the annotation file \
+                 (captions files have no boxes) and the split",
+                train.name,
+                train.examples.len()
+            );
+        }
+        if let Some(val) = &val
+            && val.categories != train.categories
+        {
+            bail!(
+                "categories of the training data ({:?}) and of the held-out data ({:?}) differ; use one class map for both",
+                train.categories,
+                val.categories
+            );
+        }
+        Ok(RunData {
+            train: Arc::new(train),
+            val: val.map(Arc::new),
+        })
+    }
+}
+
+/// The label map of a data set: COCO's own where ids and names are COCO's, otherwise one output per category.
+pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
+    let coco = LabelMap::coco();
+    let is_coco = dataset.categories.len() == coco.len()
+        && dataset
+            .categories
+            .iter()
+            .all(|category| coco.name(category.id) == Some(&category.name));
+    if is_coco {
+        return Ok(coco);
+    }
+    let categories = dataset
+        .categories
+        .iter()
+        .map(|category| (category.id, category.name.clone()));
+    Ok(LabelMap::new(Indexing::Contiguous, categories)?)
+}
+
+/// Configuration of a run on the user's data, and that data.
+pub fn configure(args: &TrainArgs) -> Result<(RunConfig, RunData)> {
+    let mut hparams = resolve_hparams(&args.model, "d0")?;
+    let source = DataConfig::Files(sources::absolute(&args.source)?);
+    let data = source.load(args.eval_samples)?;
+    let label_map = label_map_of(&data.train)?;
+    let batch_size = args.batch_size.unwrap_or(8);
+    ensure!(batch_size > 0, "--batch-size must be at least 1");
+    if args.model.num_classes.is_none() {
+        let coco = label_map.indexing() == Indexing::IdMinusOne;
+        hparams.num_classes = match (coco, hparams.profile) {
+            (true, Profile::Seed) => 91,
+            (true, Profile::Google) => 90,
+            (false, _) => label_map.min_num_classes(),
+        };
+    }
+    // The published rates are per 64 images.
+    let rate = 0.08 * (batch_size * args.accumulate.max(1)) as f64 / 64.0;
+    (hparams.learning_rate, hparams.lr_warmup_init) = (rate, rate / 100.0);
+    apply_overrides(&mut hparams, &args.model.hparams)?;
+    apply_schedule(args, &mut hparams);
+    hparams.validate()?;
+    ensure!(
+        hparams.num_classes >= label_map.min_num_classes(),
+        "num_classes = {}: the categories of {} need {}",
+        hparams.num_classes,
+        data.train.name,
+        label_map.min_num_classes()
+    );
+    ensure!(
+        data.val.is_some() || args.early_stop.is_none(),
+        "--early-stop needs held-out data: give --val-split, or --val-json with --val-images"
+    );
+    // Stopping early takes evaluations on the way.
+    let default_period = u64::from(args.early_stop.is_some());
+    let rule = match args.training_mode.as_deref() {
+        _ if args.benchmark => EvaluationRule::Never,
+        None => EvaluationRule::Every(args.eval_every.unwrap_or(default_period)),
+        Some("train") => EvaluationRule::Train,
+        Some("traineval") => EvaluationRule::TrainEval {
+            period: args.checkpoint_period,
+        },
+        Some("train300") => EvaluationRule::Train300,
+        Some(other) => bail!("--training-mode {other:?}: known modes are train, traineval and train300"),
+    };
+    let config = run_config(args, hparams, source, batch_size, rule)?;
+    Ok((config, data))
+}
+
+/// Dedicated options win over everything else.
+pub fn apply_schedule(args: &TrainArgs, hparams: &mut HParams) {
+    let set = |slot: &mut f64, value: Option<f64>| {
+        if let Some(value) = value {
+            *slot = value;
+        }
+    };
+    set(&mut hparams.num_epochs, args.epochs);
+    set(&mut hparams.learning_rate, args.lr);
+    set(&mut hparams.lr_warmup_init, args.warmup_value);
+    set(&mut hparams.lr_warmup_epoch, args.warmup_epochs);
+    if args.freeze.is_some() {
+        hparams.var_freeze_expr.clone_from(&args.freeze);
+    }
+}
+
+/// The run that options and hyper-parameters describe.
+pub fn run_config(
+    args: &TrainArgs,
+    hparams: HParams,
+    data: DataConfig,
+    batch_size: usize,
+    rule: EvaluationRule,
+) -> Result<RunConfig> {
+    Ok(RunConfig {
+        train: TrainConfig {
+            batch_size,
+            accumulate: args.accumulate.max(1),
+            num_examples_per_epoch: args.num_examples_per_epoch,
+            max_steps: args.max_steps.or(args.benchmark.then_some(args.benchmark_steps)),
+            checkpoint_period: args.checkpoint_period,
+            checkpoint_every_steps: args.checkpoint_every_steps,
+            keep_last: args.keep,
+            rule,
+            early_stop: early_stop(args)?,
+            seed: args.seed,
+            workers: args.workers.unwrap_or(1),
+            use_fake_data: args.use_fake_data,
+        },
+        eval_batch_size: args.eval_batch_size.unwrap_or(batch_size),
+        eval_samples: args.eval_samples,
+        data,
+        hparams,
+    })
+}
+
+fn early_stop(args: &TrainArgs) -> Result<Option<EarlyStop>> {
+    let Some(wanted) = &args.early_stop else {
+        return Ok(None);
+    };
+    // AR100 is short for the metric's own name ARmax100.
+    let long = wanted.replace("ARmax", "AR").replace("AR", "ARmax");
+    let known = METRIC_NAMES.iter().find(|name| *name == wanted || **name == long);
+    match known {
+        Some(metric) => Ok(Some(EarlyStop {
+            metric: (*metric).to_owned(),
+            patience: args.patience,
+        })),
+        None => bail!(
+            "--early-stop {wanted:?}: known metrics are {}",
+            METRIC_NAMES.join(", ")
+        ),
+    }
+}
