@@ -7,4 +7,5 @@ pub mod events;
 pub mod modes;
 pub mod optimizer;
 pub mod schedule;
+pub mod sinks;
 pub mod trainer;
