@@ -412,6 +412,22 @@ fn records_train_and_score_like_the_files_they_were_made_from() {
 }
 
 #[test]
+fn benchmarks_report_what_they_measured_and_on_what() {
+    let scratch = Scratch::new();
+    for kind in ["train", "infer"] {
+        let line = scratch.succeed(&format!(
+            "bench {kind} --image-size 64 --batch 2 --warmup 0 --steps 3 --threads 1 --isa portable --json"
+        ));
+        let report: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(report["times_s"].as_array().unwrap().len(), 3);
+        assert_eq!((&report["batch"], &report["threads"]), (&2.into(), &1.into()));
+        assert_eq!(report["isa"], "portable");
+        let (img_s, latency_ms) = (report["img_s"].as_f64(), report["latency_ms"].as_f64());
+        assert!((img_s.unwrap() * latency_ms.unwrap() / 2000.0 - 1.0).abs() < 1e-9);
+    }
+}
+
+#[test]
 fn a_dry_run_prints_a_configuration_and_leaves_nothing_behind() {
     let scratch = Scratch::with_data();
     let text = scratch.succeed("train --data shapes --image-size 64 --lr 0.01 --dry-run");

@@ -98,3 +98,15 @@ pub struct BenchOptions {
     #[arg(long)]
     pub json: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn options_and_aliases_do_not_clash() {
+        Cli::command().debug_assert();
+    }
+}

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use effdet_data::preprocess::{Placement, PreprocessConfig, place_image};
 use effdet_model::anchors::{AnchorConfig, Anchors};
-use effdet_model::detect::{Detection, postprocess_global};
+use effdet_model::detect::{Detection, postprocess_evaluation, postprocess_global};
 use effdet_model::engine::{Engine, HeadOutputs, ImageBatch};
-use effdet_model::hparams::NmsConfigs;
+use effdet_model::hparams::{NmsConfigs, NmsMethod};
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -27,7 +27,8 @@ pub struct Detector<'a> {
 }
 
 impl<'a> Detector<'a> {
-    /// A detector of `network`'s hyper-parameters but with the suppression of `nms`.
+    /// A detector of `network`'s hyper-parameters but with the suppression of `nms`: class-agnostic as the reference serves for the
+    /// methods hard and gaussian, per class as it evaluates for linear and diou.
     pub fn new(
         engine: &'a mut dyn Engine,
         network: &Arc<Network>,
@@ -59,7 +60,12 @@ impl<'a> Detector<'a> {
         };
         self.engine.infer(self.weights, &images, &mut self.outputs)?;
         let scale = 1.0 / placement.scale;
-        let mut detections = postprocess_global(&self.outputs, 0, &self.anchors, &self.nms, scale)?;
+        let (outputs, anchors, nms) = (&self.outputs, &self.anchors, &self.nms);
+        let mut detections = match nms.method {
+            NmsMethod::Hard | NmsMethod::Gaussian => postprocess_global(outputs, 0, anchors, nms, scale)?,
+            // Methods that the serving path does not know.
+            NmsMethod::Linear | NmsMethod::Diou => postprocess_evaluation(outputs, 0, anchors, nms, scale)?,
+        };
         detections.retain(|detection| detection.score > score_threshold);
         for detection in &mut detections {
             // The network input is padded, so a box clipped to it may still leave the image.
