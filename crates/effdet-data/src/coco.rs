@@ -148,8 +148,10 @@ pub fn load(json: &Path, image_dir: &Path) -> Result<(DetectionDataset, LoadRepo
         let bbox = annotation
             .bbox
             .ok_or_else(|| at("has no bbox: use an instances file"))?;
-        if !bbox.iter().chain(&annotation.area).all(|v| v.is_finite()) {
-            return Err(at(&format!("box {bbox:?} is not finite")));
+        // A missing area is the product of the sides, which must not overflow.
+        let area = annotation.area.unwrap_or(bbox[2] * bbox[3]);
+        if !bbox.iter().chain([&area]).all(|v| v.is_finite()) {
+            return Err(at(&format!("box {bbox:?} or its area {area} is not finite")));
         }
         let example = &mut examples[place];
         let Some(box_xywh_px) = clip(bbox, example, record, &mut report) else {
@@ -221,7 +223,7 @@ pub(crate) fn clip(
 /// Writes the annotations of a data set as instances JSON; annotation ids count from 1.
 ///
 /// # Errors
-/// [`DataError::Io`].
+/// [`DataError::Caller`] for a box or an area that is not finite; [`DataError::Io`].
 pub fn write(dataset: &DetectionDataset, json: &Path) -> Result<()> {
     #[derive(Serialize)]
     struct OutImage<'a> {
@@ -247,7 +249,10 @@ pub fn write(dataset: &DetectionDataset, json: &Path) -> Result<()> {
     }
     let mut annotations = Vec::new();
     for example in &dataset.examples {
-        for object in &example.objects {
+        for (index, object) in example.objects.iter().enumerate() {
+            require_finite(&object.box_xywh_px, object.area, || {
+                format!("object {index} of {}", example.file_name)
+            })?;
             annotations.push(OutAnnotation {
                 id: annotations.len() as i64 + 1,
                 image_id: example.image_id,
@@ -275,6 +280,18 @@ pub fn write(dataset: &DetectionDataset, json: &Path) -> Result<()> {
         categories: raw_categories(&dataset.categories),
     };
     write_json(json, &out)
+}
+
+/// JSON has no other numbers: they would be written as `null` and not read again.
+fn require_finite(box_xywh_px: &[f64; 4], number: f64, place: impl Fn() -> String) -> Result<()> {
+    if box_xywh_px.iter().chain([&number]).all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    let what = format!(
+        "{}: box {box_xywh_px:?} and {number} must be finite to be written as JSON; check where it came from",
+        place()
+    );
+    Err(DataError::Caller { what })
 }
 
 fn write_json(file: &Path, value: &impl Serialize) -> Result<()> {
@@ -351,8 +368,13 @@ pub fn read_results(json: &Path) -> Result<Vec<ResultRow>> {
 /// Writes a results JSON; every number reads back exactly.
 ///
 /// # Errors
-/// [`DataError::Io`].
+/// [`DataError::Caller`] for a box or a score that is not finite; [`DataError::Io`].
 pub fn write_results(json: &Path, rows: &[ResultRow]) -> Result<()> {
+    for (index, row) in rows.iter().enumerate() {
+        require_finite(&row.bbox, row.score, || {
+            format!("results row {index} (image {})", row.image_id)
+        })?;
+    }
     write_json(json, &rows)
 }
 
@@ -530,6 +552,32 @@ mod tests {
         }];
         write_results(&file, &rows).unwrap();
         assert_eq!(read_results(&file).unwrap(), rows);
+    }
+
+    #[test]
+    fn numbers_that_json_cannot_hold_are_refused_with_their_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("b.json");
+        let row = |score| ResultRow {
+            image_id: 42,
+            category_id: 2,
+            bbox: [0.0, 0.0, 1.0, 1.0],
+            score,
+        };
+        let error = write_results(&file, &[row(0.5), row(f64::NAN)])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("row 1") && error.contains("image 42"), "{error}");
+        let text = format!(
+            "{{{IMAGE}, {CATEGORIES}, \"annotations\": [{{\"image_id\": 3, \"category_id\": 7, \"bbox\": [1, 2, 3, 4]}}]}}"
+        );
+        let (mut dataset, _) = load_text(&text).unwrap();
+        dataset.examples[0].objects[0].area = f64::INFINITY;
+        let error = write(&dataset, &file).unwrap_err().to_string();
+        assert!(error.contains("a.jpg") && error.contains("object 0"), "{error}");
+        assert!(!file.exists());
+        let huge = text.replace("3, 4]", "1e200, 1e200]");
+        assert!(load_text(&huge).unwrap_err().to_string().contains("not finite"));
     }
 
     #[test]

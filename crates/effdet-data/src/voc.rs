@@ -3,7 +3,7 @@
 //! A box is `[xmin, ymin, xmax − xmin, ymax − ymin]`, corners as written (the convention of automl's converter). Categories are
 //! the twenty of VOC when every name belongs to them, otherwise the names found, sorted, with ids from 1.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::path::Path;
 
@@ -50,6 +50,7 @@ fn parse(file: &Path, text: &str) -> Result<Annotation> {
     let mut annotation = Annotation::default();
     let mut path: Vec<String> = Vec::new();
     let mut content = String::new();
+    let mut rooted = false;
     loop {
         let at = reader.buffer_position();
         let bad = |what: String| malformed(file, format!("byte {at}: {what}"));
@@ -61,11 +62,13 @@ fn parse(file: &Path, text: &str) -> Result<Annotation> {
                         "elements nest deeper than {MAX_DEPTH}: not a VOC annotation"
                     )));
                 }
+                rooted |= path == ["annotation"];
                 if path == ["annotation", "object"] {
                     annotation.objects.push(RawObject::default());
                 }
                 content.clear();
             }
+            Event::Empty(tag) => rooted |= path.is_empty() && tag.name().as_ref() == "annotation",
             Event::Text(text) => content.push_str(&text),
             Event::GeneralRef(reference) => {
                 let name: &str = &reference;
@@ -85,7 +88,12 @@ fn parse(file: &Path, text: &str) -> Result<Annotation> {
                 content.clear();
             }
             Event::DocType(_) => return Err(bad("a document type is not allowed: remove it".into())),
-            Event::Eof if path.is_empty() => return Ok(annotation),
+            Event::Eof if path.is_empty() && rooted => return Ok(annotation),
+            Event::Eof if path.is_empty() => {
+                return Err(bad(
+                    "ends without <annotation>: the file is empty or no VOC annotation".into(),
+                ));
+            }
             Event::Eof => {
                 return Err(bad(format!(
                     "ends inside <{}>: the file is truncated",
@@ -108,9 +116,20 @@ fn take_value(file: &Path, annotation: &mut Annotation, path: &[String], text: &
             )
         })
     };
+    let side = || -> Result<u32> {
+        let value = number()?;
+        if value.fract() != 0.0 || !(0.0..=f64::from(u32::MAX)).contains(&value) {
+            let what = format!(
+                "<{}> is {text:?}, a whole number of pixels is needed",
+                path.join("/")
+            );
+            return Err(malformed(file, what));
+        }
+        Ok(value as u32)
+    };
     match path.as_slice() {
-        ["annotation", "size", "width"] => annotation.width = number()? as u32,
-        ["annotation", "size", "height"] => annotation.height = number()? as u32,
+        ["annotation", "size", "width"] => annotation.width = side()?,
+        ["annotation", "size", "height"] => annotation.height = side()?,
         ["annotation", "object", rest @ ..] => {
             let Some(object) = annotation.objects.last_mut() else {
                 return Ok(());
@@ -136,7 +155,7 @@ fn take_value(file: &Path, annotation: &mut Annotation, path: &[String], text: &
 /// split has the same ones.
 ///
 /// # Errors
-/// A missing list, annotation or image, and malformed annotations, each with its file.
+/// A missing list, annotation or image, an image that is listed twice, and malformed annotations, each with its file.
 pub fn load(root: &Path, split: &str) -> Result<(DetectionDataset, LoadReport)> {
     let list = root.join("ImageSets/Main").join(format!("{split}.txt"));
     let names = category_names(root)?;
@@ -162,11 +181,18 @@ pub fn load(root: &Path, split: &str) -> Result<(DetectionDataset, LoadReport)> 
 
     let mut report = LoadReport::default();
     let mut examples = Vec::new();
+    let mut listed = HashSet::new();
     for line in read_text(&list)?.lines() {
         // Lists of a single class have a second column.
         let Some(stem) = line.split_whitespace().next() else {
             continue;
         };
+        if !listed.insert(stem.to_owned()) {
+            return Err(malformed(
+                &list,
+                format!("names {stem} twice: remove one of the lines"),
+            ));
+        }
         let xml = confined_join(&root.join("Annotations"), &format!("{stem}.xml"), &list)?;
         let annotation = parse(&xml, &read_text(&xml)?)?;
         let image = image_file(root, stem, &list)?;
@@ -310,6 +336,45 @@ mod tests {
         );
         let deep = format!("{}{}", "<a>".repeat(17), "</a>".repeat(17));
         assert!(parse_text(&deep).unwrap_err().to_string().contains("nest"));
+    }
+
+    #[test]
+    fn a_file_that_is_empty_or_holds_something_else_is_refused() {
+        for text in ["", "\n", "<?xml version=\"1.0\"?>", "<html></html>", "<html/>"] {
+            let error = parse_text(text).unwrap_err().to_string();
+            assert!(
+                error.contains("a.xml") && error.contains("<annotation>"),
+                "{error}"
+            );
+        }
+        assert_eq!(parse_text("<annotation/>").unwrap(), Annotation::default());
+    }
+
+    #[test]
+    fn sizes_that_no_image_has_are_refused() {
+        for size in ["-20", "20.5", "1e10"] {
+            let text = XML.replace("<width>20<", &format!("<width>{size}<"));
+            let error = parse_text(&text).unwrap_err().to_string();
+            assert!(error.contains("size/width") && error.contains(size), "{error}");
+        }
+        let whole = parse_text(&XML.replace("<width>20<", "<width>20.0<"));
+        assert_eq!(whole.unwrap().width, 20);
+    }
+
+    #[test]
+    fn an_image_that_is_listed_twice_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        for (file, text) in [
+            ("Annotations/a.xml", XML),
+            ("JPEGImages/a.jpg", ""),
+            ("ImageSets/Main/train.txt", "a\na\n"),
+        ] {
+            let file = root.path().join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+        let error = load(root.path(), "train").unwrap_err().to_string();
+        assert!(error.contains("train.txt") && error.contains("twice"), "{error}");
     }
 
     #[test]
