@@ -110,6 +110,22 @@ fn an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one() {
     scratch.succeed("train --resume --run-dir cut --max-steps 4 --quiet");
     assert_eq!(scratch.hashes("cut"), scratch.hashes("whole"));
     assert_ne!(scratch.hashes("cut"), cut);
+
+    // Logs go on where the checkpoint stands; the columns of time differ, of course.
+    let losses = |run: &str| -> Vec<String> {
+        let table = fs::read_to_string(scratch.path(run).join("steps.csv")).unwrap();
+        let rows = table
+            .lines()
+            .map(|row| row.split(',').take(4).collect::<Vec<_>>().join(","));
+        rows.collect()
+    };
+    assert_eq!(losses("cut").len(), 5, "a heading and four steps");
+    assert_eq!(losses("cut"), losses("whole"));
+    let log = fs::read_to_string(scratch.path("cut/time_log.txt")).unwrap();
+    assert!(log.lines().all(|line| line.starts_with("DLLL {")), "{log}");
+    for file in ["curves.svg", "evaluations.csv", "tensorboard", "detections.json"] {
+        assert!(scratch.path("whole").join(file).exists(), "{file}");
+    }
 }
 
 #[cfg(unix)]

@@ -15,6 +15,7 @@ use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use effdet_train::eval::MAX_ENCODED_BYTES;
 use effdet_train::events::EventSink;
+use effdet_train::sinks::{Csv, Curves, DlLogger, DlLoggerConfig, TensorBoard};
 
 use super::detector::{Detector, annotate};
 use crate::cli::TrainArgs;
@@ -25,8 +26,23 @@ const SAMPLES: usize = 8;
 const SAMPLE_THRESHOLD: f32 = 0.4;
 
 /// The logs of a run; those of a resumed run are continued behind `step`.
-pub fn logs(_args: &TrainArgs, _run_dir: &Path, _step: u64) -> Result<Vec<Box<dyn EventSink>>> {
-    Ok(Vec::new())
+pub fn logs(args: &TrainArgs, run_dir: &Path, step: u64) -> Result<Vec<Box<dyn EventSink>>> {
+    let dllogger = DlLoggerConfig {
+        path: run_dir.join(&args.log_filename),
+        log_steps: args.log_steps,
+        ranks: 1,
+    };
+    Ok(vec![
+        Box::new(DlLogger::open(&dllogger)?),
+        Box::new(TensorBoard::open(
+            &run_dir.join("tensorboard"),
+            step,
+            args.log_steps,
+        )?),
+        // The curves begin with what the tables hold.
+        Box::new(Curves::open(&run_dir.join("curves.svg"), run_dir, step)?),
+        Box::new(Csv::open(run_dir, step)?),
+    ])
 }
 
 /// Writes detections as COCO results JSON.

@@ -44,6 +44,10 @@ pub enum DataConfig {
         val_images: u64,
         /// Side in pixels.
         image_size: u32,
+        /// Most objects of an image.
+        max_objects: u64,
+        /// Radius of the smallest objects as a fraction of the side.
+        smallest_radius: f32,
     },
     /// Named on the command line.
     Files(SourceArgs),
@@ -68,9 +72,13 @@ impl DataConfig {
                 images,
                 val_images,
                 image_size,
+                max_objects,
+                smallest_radius,
             } => {
                 let config = SyntheticConfig {
                     image_size: *image_size,
+                    max_objects: *max_objects,
+                    smallest_radius: *smallest_radius,
                     ..SyntheticConfig::default()
                 };
                 let train = synthetic::dataset(&config, 0..*images);
