@@ -269,7 +269,11 @@ impl<'c> Trainer<'c> {
         let mut speeds = Vec::new();
         let mut evaluation = None;
         let mut saved_at = None;
-        let mut ending = Ending::Complete;
+        // A run that stopped early stays stopped when it is resumed.
+        let mut ending = match self.stops_early(state) {
+            true => Ending::EarlyStopped,
+            false => Ending::Complete,
+        };
         emit(
             sinks,
             &Event::Started {
@@ -279,7 +283,7 @@ impl<'c> Trainer<'c> {
             },
         )?;
 
-        while state.step < total_steps {
+        while state.step < total_steps && ending == Ending::Complete {
             let record = self.step(inputs, state, &mut loader, &mut fake, &mut gradients, &mut sum)?;
             speeds.push(record.images as f64 / record.seconds);
             emit(sinks, &Event::Step(record))?;
@@ -306,11 +310,7 @@ impl<'c> Trainer<'c> {
                 self.note_metric(state, &result);
                 evaluation = Some(result);
             }
-            let stop_early = self
-                .config
-                .early_stop
-                .as_ref()
-                .is_some_and(|stop| state.stale >= stop.patience);
+            let stop_early = self.stops_early(state);
             let interrupted = inputs.group.any(inputs.stop.load(Ordering::Relaxed))?;
             let by_epoch = epoch_done
                 && self.config.checkpoint_period > 0
@@ -459,6 +459,11 @@ impl<'c> Trainer<'c> {
             wait_s: (loader.wait_us() - waited) as f64 * 1e-6,
             images,
         })
+    }
+
+    fn stops_early(&self, state: &TrainState) -> bool {
+        let stop = self.config.early_stop.as_ref();
+        stop.is_some_and(|stop| state.stale >= stop.patience.max(1))
     }
 
     /// The metric that early stopping and the choice of the best checkpoint go by.

@@ -81,8 +81,11 @@ pub struct TensorBoard {
     epoch: ([f64; LOSSES.len()], u64),
 }
 
+/// A quantity of a step: its tag and where it comes from.
+type Scalar = (&'static str, fn(&StepRecord) -> f32);
+
 /// Losses by the names of the reference.
-const LOSSES: [(&str, fn(&StepRecord) -> f32); 6] = [
+const LOSSES: [Scalar; 6] = [
     ("loss", |r| r.loss),
     ("det_loss", |r| r.det_loss),
     ("cls_loss", |r| r.class_loss),

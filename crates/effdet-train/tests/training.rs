@@ -1,0 +1,465 @@
+//! The training loop with an engine small enough to compute by hand: a linear model of image means.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use effdet_ckpt::{Checkpoint, CheckpointStore};
+use effdet_data::dataset::DetectionDataset;
+use effdet_data::synthetic::{self, CLASS_NAMES, SyntheticConfig};
+use effdet_dist::{DistError, ProcessGroup, SingleProcess};
+use effdet_model::engine::{
+    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, TraceSink,
+    TrainBatch,
+};
+use effdet_model::hparams::{HParams, ImageSize, OptimizerKind};
+use effdet_model::label_map::LabelMap;
+use effdet_model::network::Network;
+use effdet_model::weights::Weights;
+use effdet_train::error::TrainError;
+use effdet_train::eval::Evaluator;
+use effdet_train::events::{Event, EventSink};
+use effdet_train::modes::EvaluationRule;
+use effdet_train::trainer::{EarlyStop, Ending, Outcome, RunInputs, TrainConfig, TrainState, Trainer};
+
+/// Training images: with updates of 4 an epoch has 3 updates and the next one begins within a pass over the data.
+const IMAGES: u64 = 10;
+
+/// Loss `½·mean((w·x − 1)²)` of the means x of each image's channels, on three trainable values of every hundred.
+#[derive(Default)]
+struct LinearModel {
+    calls: usize,
+    /// The call whose loss is no number.
+    nan_at: Option<usize>,
+    /// Where the gradient is no number as well.
+    nan_in_gradient: bool,
+    anchors_per_cell: usize,
+}
+
+impl Engine for LinearModel {
+    fn train_step(
+        &mut self,
+        weights: &mut Weights,
+        batch: &TrainBatch<'_>,
+        _: &StepOptions,
+        gradients: &mut [f32],
+    ) -> Result<StepLosses, EngineError> {
+        self.calls += 1;
+        gradients.fill(0.0);
+        let pixels = batch.images.height * batch.images.width;
+        let share = 1.0 / batch.images.batch as f32;
+        let mut loss = 0.0;
+        for image in batch.images.pixels.chunks_exact(3 * pixels) {
+            let mean = |channel: usize| image.iter().skip(channel).step_by(3).sum::<f32>() / pixels as f32;
+            let x = [mean(0), mean(1), mean(2)];
+            let w = &weights.trainable;
+            let error = (0..3).map(|i| w[100 * i] * x[i]).sum::<f32>() - 1.0;
+            loss += share * 0.5 * error * error;
+            for i in 0..3 {
+                gradients[100 * i] += share * error * x[i];
+            }
+            for statistic in weights.statistics.iter_mut().take(3) {
+                *statistic = 0.9 * *statistic + 0.1 * x[0];
+            }
+        }
+        if self.nan_at == Some(self.calls) {
+            match self.nan_in_gradient {
+                true => gradients[100] = f32::NAN,
+                false => loss = f32::NAN,
+            }
+        }
+        Ok(StepLosses {
+            class_loss: loss,
+            det_loss: loss,
+            ..StepLosses::default()
+        })
+    }
+
+    /// One level of one cell whose scores are those of the first values.
+    fn infer(
+        &mut self,
+        weights: &Weights,
+        images: &ImageBatch<'_>,
+        outputs: &mut HeadOutputs,
+    ) -> Result<(), EngineError> {
+        let level = |cells: usize| LevelOutput {
+            height: cells,
+            width: cells,
+            class_logits: vec![
+                weights.trainable[0] - 3.0;
+                images.batch * cells * cells * self.anchors_per_cell * CLASS_NAMES.len()
+            ],
+            box_codes: vec![0.0; images.batch * cells * cells * self.anchors_per_cell * 4],
+        };
+        outputs.batch = images.batch;
+        outputs.levels = [8, 4, 2, 1, 1].map(level).into();
+        Ok(())
+    }
+
+    fn trace(
+        &mut self,
+        _: &Weights,
+        _: &ImageBatch<'_>,
+        _: Mode,
+        _: &mut TraceSink<'_>,
+    ) -> Result<(), EngineError> {
+        Ok(())
+    }
+}
+
+/// Two ranks that compute the same.
+struct Twins;
+
+impl ProcessGroup for Twins {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), DistError> {
+        values.iter_mut().for_each(|value| *value *= 2.0);
+        Ok(())
+    }
+
+    fn broadcast(&self, _: &mut [f32], _: usize) -> Result<(), DistError> {
+        Ok(())
+    }
+
+    fn barrier(&self) -> Result<(), DistError> {
+        Ok(())
+    }
+}
+
+/// Asks a run to stop after a step, and notes what it hears.
+struct StopAfter {
+    step: u64,
+    flag: Arc<AtomicBool>,
+    heard: Vec<String>,
+}
+
+impl EventSink for StopAfter {
+    fn event(&mut self, event: &Event<'_>) -> Result<(), TrainError> {
+        match event {
+            Event::Step(record) => {
+                self.heard.push(format!("step {}", record.step));
+                if record.step == self.step {
+                    self.flag.store(true, Ordering::Relaxed);
+                }
+            }
+            Event::Started {
+                step, total_steps, ..
+            } => {
+                self.heard.push(format!("started {step}/{total_steps}"));
+            }
+            Event::Saved { step, .. } => self.heard.push(format!("saved {step}")),
+            Event::Evaluated { step, .. } => self.heard.push(format!("evaluated {step}")),
+            Event::Finished { step, .. } => self.heard.push(format!("finished {step}")),
+            Event::Evaluating { .. } | Event::Warning(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// A run to be: the smallest network, rendered images, 2 epochs of 3 updates of 2 micro-batches of 2 images.
+struct Scene {
+    network: Network,
+    config: TrainConfig,
+    data: Arc<DetectionDataset>,
+    label_map: LabelMap,
+    engine: LinearModel,
+    group: Box<dyn ProcessGroup>,
+    evaluated_images: u64,
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(change: impl Fn(&mut HParams)) -> Self {
+        let mut hparams = HParams::preset("efficientdet-lite0").unwrap();
+        (hparams.num_classes, hparams.image_size) = (CLASS_NAMES.len(), ImageSize::square(64));
+        (
+            hparams.fpn_num_filters,
+            hparams.fpn_cell_repeats,
+            hparams.box_class_repeats,
+        ) = (8, 1, 1);
+        (hparams.num_epochs, hparams.lr_warmup_epoch) = (2.0, 0.5);
+        (hparams.learning_rate, hparams.lr_warmup_init) = (0.1, 0.01);
+        change(&mut hparams);
+        hparams.validate().unwrap();
+        Self {
+            engine: LinearModel {
+                anchors_per_cell: hparams.anchors_per_cell(),
+                ..LinearModel::default()
+            },
+            network: Network::new(&hparams).unwrap(),
+            config: TrainConfig {
+                batch_size: 2,
+                accumulate: 2,
+                num_examples_per_epoch: None,
+                max_steps: None,
+                checkpoint_period: 0,
+                checkpoint_every_steps: None,
+                keep_last: 2,
+                rule: EvaluationRule::Never,
+                early_stop: None,
+                seed: 5,
+                workers: 0,
+                use_fake_data: false,
+            },
+            data: images(0..IMAGES),
+            label_map: LabelMap::from_names(CLASS_NAMES),
+            group: Box::new(SingleProcess),
+            evaluated_images: 0,
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn start(&self) -> TrainState {
+        TrainState::new(&self.network, Weights::init(&self.network.variables, 7)).unwrap()
+    }
+
+    fn run(&mut self, state: &mut TrainState, stop_after: u64) -> (Result<Outcome, TrainError>, Vec<String>) {
+        let flag = Arc::new(AtomicBool::new(false));
+        let mut sink = StopAfter {
+            step: stop_after,
+            flag: Arc::clone(&flag),
+            heard: Vec::new(),
+        };
+        let evaluator = (self.evaluated_images > 0).then(|| Evaluator {
+            dataset: images(100..100 + self.evaluated_images),
+            hparams: self.network.hparams.clone(),
+            label_map: self.label_map.clone(),
+            batch_size: 2,
+            workers: 0,
+            only_images_with_detections: false,
+        });
+        let mut inputs = RunInputs {
+            network: &self.network,
+            engine: &mut self.engine,
+            train: Arc::clone(&self.data),
+            evaluator,
+            label_map: self.label_map.clone(),
+            group: &*self.group,
+            checkpoints: self.folder.path().to_path_buf(),
+            stop: flag,
+        };
+        let trainer = Trainer::new(&self.config, &self.network, self.data.examples.len(), 1);
+        let outcome = trainer.run(&mut inputs, state, &mut [&mut sink]);
+        (outcome, sink.heard)
+    }
+
+    fn latest(&self) -> Checkpoint {
+        let latest = CheckpointStore::new(self.folder.path()).load_latest(&self.network.variables);
+        latest.unwrap().checkpoint.unwrap()
+    }
+
+    fn saved_steps(&self) -> Vec<u64> {
+        let listing = CheckpointStore::new(self.folder.path()).list().unwrap();
+        listing
+            .complete
+            .iter()
+            .map(|reader| reader.state().step)
+            .collect()
+    }
+}
+
+fn images(range: std::ops::Range<u64>) -> Arc<DetectionDataset> {
+    let config = SyntheticConfig {
+        image_size: 64,
+        ..SyntheticConfig::default()
+    };
+    Arc::new(synthetic::dataset(&config, range))
+}
+
+fn folder_bytes(folder: &Path, name: &str) -> Vec<u8> {
+    std::fs::read(folder.join("step-00000006").join(name)).unwrap()
+}
+
+fn a_cut_run_equals_a_whole_one(change: impl Fn(&mut HParams) + Copy, cuts: &[u64]) {
+    let mut whole = Scene::new(change);
+    let mut expected = whole.start();
+    whole.run(&mut expected, u64::MAX).0.unwrap();
+    assert_eq!((expected.step, expected.sample_position), (6, 24));
+    for &cut in cuts {
+        let mut scene = Scene::new(change);
+        let mut state = scene.start();
+        assert_eq!(scene.run(&mut state, cut).0.unwrap().ending, Ending::Interrupted);
+        let checkpoint = scene.latest();
+        assert_eq!(
+            (checkpoint.state.step, checkpoint.state.sample_position),
+            (cut, 4 * cut)
+        );
+        let mut resumed = TrainState::from_checkpoint(&scene.network, checkpoint).unwrap();
+        assert_eq!(resumed, state, "a checkpoint holds the whole state, cut at {cut}");
+        let outcome = scene.run(&mut resumed, u64::MAX).0.unwrap();
+        assert_eq!(outcome.ending, Ending::Complete);
+        assert_eq!(resumed, expected, "cut at {cut}");
+        for name in [
+            "weights.safetensors",
+            "ema.safetensors",
+            "momentum.safetensors",
+            "manifest.json",
+        ] {
+            assert_eq!(
+                folder_bytes(scene.folder.path(), name),
+                folder_bytes(whole.folder.path(), name),
+                "{name}, cut at {cut}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_run_cut_at_any_step_ends_with_the_bits_of_an_uninterrupted_one() {
+    a_cut_run_equals_a_whole_one(|_| (), &[1, 3, 5]);
+}
+
+#[test]
+fn the_same_holds_for_adam() {
+    a_cut_run_equals_a_whole_one(|h| h.optimizer = OptimizerKind::Adam, &[4]);
+}
+
+#[test]
+fn loader_threads_leave_the_bits_alone() {
+    let mut one = Scene::new(|_| ());
+    let mut two = Scene::new(|_| ());
+    two.config.workers = 2;
+    let (mut a, mut b) = (one.start(), two.start());
+    one.run(&mut a, u64::MAX).0.unwrap();
+    two.run(&mut b, u64::MAX).0.unwrap();
+    assert_eq!(a, b);
+}
+
+#[test]
+fn accumulated_micro_batches_equal_one_large_batch() {
+    let mut micro = Scene::new(|_| ());
+    let mut large = Scene::new(|_| ());
+    (large.config.batch_size, large.config.accumulate) = (4, 1);
+    let (mut a, mut b) = (micro.start(), large.start());
+    micro.run(&mut a, u64::MAX).0.unwrap();
+    large.run(&mut b, u64::MAX).0.unwrap();
+    assert_eq!((a.step, micro.engine.calls, large.engine.calls), (b.step, 12, 6));
+    let start = micro.start();
+    for i in [0, 100, 200] {
+        let (a, b, start) = (
+            a.weights.trainable[i],
+            b.weights.trainable[i],
+            start.weights.trainable[i],
+        );
+        assert!((a - b).abs() < 1e-6, "{a} and {b}");
+        assert!((a - start).abs() > 1e-3, "{start} moved to {a}");
+    }
+}
+
+#[test]
+fn gradients_are_averaged_over_ranks() {
+    let mut alone = Scene::new(|_| ());
+    let mut twins = Scene::new(|_| ());
+    twins.group = Box::new(Twins);
+    let (mut a, mut b) = (alone.start(), twins.start());
+    alone.run(&mut a, u64::MAX).0.unwrap();
+    twins.run(&mut b, u64::MAX).0.unwrap();
+    assert_eq!(a, b);
+}
+
+#[test]
+fn a_loss_or_gradient_that_is_no_number_stops_the_run_before_the_update() {
+    for nan_in_gradient in [false, true] {
+        let mut scene = Scene::new(|_| ());
+        // The second micro-batch of the third update.
+        (scene.engine.nan_at, scene.engine.nan_in_gradient) = (Some(6), nan_in_gradient);
+        let mut state = scene.start();
+        let error = scene.run(&mut state, u64::MAX).0.unwrap_err();
+        let TrainError::NonFinite { step, images, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!((*step, images.len()), (2, 4));
+        assert!(error.to_string().contains("learning rate"), "{error}");
+
+        let mut expected = Scene::new(|_| ());
+        let mut before = expected.start();
+        expected.run(&mut before, 2).0.unwrap();
+        assert_eq!(state, before);
+    }
+}
+
+#[test]
+fn events_come_in_the_order_of_the_run_and_checkpoints_as_configured() {
+    let mut scene = Scene::new(|_| ());
+    (
+        scene.config.checkpoint_period,
+        scene.config.checkpoint_every_steps,
+    ) = (1, Some(2));
+    let (outcome, heard) = {
+        let mut state = scene.start();
+        scene.run(&mut state, u64::MAX)
+    };
+    assert_eq!(outcome.unwrap().ending, Ending::Complete);
+    let expected = [
+        "started 0/6",
+        "step 1",
+        "step 2",
+        "saved 2",
+        "step 3",
+        "saved 3",
+        "step 4",
+        "saved 4",
+        "step 5",
+        "step 6",
+        "saved 6",
+        "finished 6",
+    ];
+    assert_eq!(heard, expected);
+    assert_eq!(scene.saved_steps(), [4, 6], "the last two are kept");
+}
+
+#[test]
+fn a_run_stops_when_its_metric_does_not_improve_and_stays_stopped() {
+    let mut scene = Scene::new(|h| h.num_epochs = 20.0);
+    scene.evaluated_images = 2;
+    scene.config.rule = EvaluationRule::Every(1);
+    scene.config.keep_last = 1;
+    scene.config.early_stop = Some(EarlyStop {
+        metric: "AP50".into(),
+        patience: 2,
+    });
+    let mut state = scene.start();
+    // The model's scores are the same everywhere, so that the first evaluation is the best.
+    let (outcome, heard) = scene.run(&mut state, u64::MAX);
+    assert_eq!(outcome.unwrap().ending, Ending::EarlyStopped);
+    let evaluated: Vec<&String> = heard.iter().filter(|text| text.starts_with("eval")).collect();
+    assert_eq!(evaluated, ["evaluated 3", "evaluated 6", "evaluated 9"]);
+    assert_eq!(scene.saved_steps(), [9]);
+
+    let checkpoint = scene.latest();
+    let mut resumed = TrainState::from_checkpoint(&scene.network, checkpoint).unwrap();
+    let (outcome, heard) = scene.run(&mut resumed, u64::MAX);
+    assert_eq!(outcome.unwrap().ending, Ending::EarlyStopped);
+    assert_eq!(heard, ["started 9/60", "finished 9"]);
+}
+
+#[test]
+fn the_number_of_steps_can_be_limited_without_changing_the_schedule() {
+    let mut scene = Scene::new(|_| ());
+    scene.config.max_steps = Some(2);
+    let mut limited = scene.start();
+    scene.run(&mut limited, u64::MAX).0.unwrap();
+    let mut other = Scene::new(|_| ());
+    let mut cut = other.start();
+    other.run(&mut cut, 2).0.unwrap();
+    assert_eq!(limited, cut);
+}
+
+#[test]
+fn a_checkpoint_of_another_optimiser_is_refused() {
+    let mut scene = Scene::new(|_| ());
+    let mut state = scene.start();
+    scene.run(&mut state, 1).0.unwrap();
+    let adam = Scene::new(|h| h.optimizer = OptimizerKind::Adam);
+    let error = TrainState::from_checkpoint(&adam.network, scene.latest())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("adam_m"), "{error}");
+}
