@@ -25,6 +25,8 @@ pub struct SyntheticConfig {
     pub min_objects: u64,
     /// Most objects of an image.
     pub max_objects: u64,
+    /// Radius of the smallest objects as a fraction of the image's side; the largest are four times as large.
+    pub smallest_radius: f32,
     /// JPEG quality.
     pub quality: u8,
 }
@@ -36,6 +38,7 @@ impl Default for SyntheticConfig {
             seed: 0,
             min_objects: 1,
             max_objects: 6,
+            smallest_radius: 0.06,
             quality: 90,
         }
     }
@@ -113,7 +116,13 @@ fn paint_image(config: &SyntheticConfig, index: u64) -> (RgbImage, Vec<(Category
     let mut scene = Scene::new(config.image_size);
     for _ in 0..count {
         // A place that hides too much is drawn again; crowded images end up with fewer objects.
-        (0..8).any(|_| scene.try_add(random_shape(config.image_size as f32, &mut draws)));
+        (0..8).any(|_| {
+            scene.try_add(random_shape(
+                config.image_size as f32,
+                config.smallest_radius,
+                &mut draws,
+            ))
+        });
     }
     for placed in &scene.objects {
         paint(&mut canvas, &placed.shape, &mut draws);
@@ -381,11 +390,11 @@ fn background(side: u32, draws: &mut Draws) -> Canvas {
     canvas
 }
 
-fn random_shape(side: f32, draws: &mut Draws) -> Shape {
+fn random_shape(side: f32, smallest_radius: f32, draws: &mut Draws) -> Shape {
     let class = draws.below(CLASS_NAMES.len() as u64) as usize;
     // Uniform within an octave that is drawn first, so that small and large objects are equally common.
     let octave = [1.0, 2.0][draws.below(2) as usize];
-    let radius = side * 0.06 * octave * draws.range(1.0, 2.0);
+    let radius = side * smallest_radius * octave * draws.range(1.0, 2.0);
     let margin = 0.6 * radius;
     let textures = [
         Texture::Plain,
@@ -464,7 +473,7 @@ mod tests {
             let mut draws = Draws::new(1, Purpose::Synthetic, 0, index);
             let mut scene = Scene::new(96);
             let added = (0..60)
-                .filter(|_| scene.try_add(random_shape(96.0, &mut draws)))
+                .filter(|_| scene.try_add(random_shape(96.0, 0.06, &mut draws)))
                 .count();
             assert!(added < 60, "some places must be refused in such a crowd");
             assert_eq!(added, scene.objects.len());

@@ -1,5 +1,6 @@
 //! `effdet train` without data: a small detector on the synthetic set, in a few minutes on two cores.
 
+use std::io::Write;
 use std::path::Path;
 
 use anyhow::Result;
@@ -53,13 +54,28 @@ pub fn configure(args: &TrainArgs) -> Result<RunConfig> {
 }
 
 /// What to try after the quickstart.
-pub fn next_steps(run_dir: &Path) {
+pub fn next_steps(run_dir: &Path) -> Result<()> {
+    let mut out = std::io::stdout().lock();
     let dir = run_dir.display();
-    println!(
-        "\nWhat to try next:\n  \
-         effdet infer --checkpoint {dir} your_photo.jpg     detect in an image\n  \
-         effdet train --data my_data                        train on a COCO or VOC folder\n  \
-         effdet inspect checkpoint {dir}                    look inside the checkpoint\n  \
-         effdet train --help                                every option, with examples"
-    );
+    let steps = [
+        (
+            format!("effdet infer --checkpoint {dir} photo.jpg"),
+            "detect in an image",
+        ),
+        (
+            "effdet train --data my_data".to_owned(),
+            "train on a COCO or VOC folder",
+        ),
+        (
+            format!("effdet inspect checkpoint {dir}"),
+            "look inside the checkpoint",
+        ),
+        ("effdet train --help".to_owned(), "every option, with examples"),
+    ];
+    let width = steps.iter().map(|(command, _)| command.len()).max().unwrap_or(0);
+    writeln!(out, "\nWhat to try next:")?;
+    for (command, what) in steps {
+        writeln!(out, "  {command:<width$}  {what}")?;
+    }
+    Ok(())
 }
