@@ -161,7 +161,8 @@ pub struct Labels {
 }
 
 impl Labels {
-    fn targets(&self) -> Targets<'_> {
+    /// As an engine takes them.
+    pub fn targets(&self) -> Targets<'_> {
         Targets {
             class_targets: &self.class_targets,
             box_targets: &self.box_targets,
