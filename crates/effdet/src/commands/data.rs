@@ -70,11 +70,12 @@ fn convert(dataset: &DetectionDataset, to: ConvertFormat, output: &Path, num_sha
         ConvertFormat::Coco => write_coco(dataset, output, "train", &mut progress)?,
     };
     drop(progress);
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{} images, {} objects: {where_to}",
         dataset.examples.len(),
         dataset.examples.iter().map(|e| e.objects.len()).sum::<usize>(),
-    );
+    )?;
     Ok(())
 }
 
@@ -112,10 +113,11 @@ fn synth(output: &Path, images: usize, val_images: usize, image_size: u32, seed:
         }
     }
     drop(progress);
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{images} training and {val_images} held-out images: {0}\ntrain on them:  effdet train --data {0} --image-size {image_size}",
         output.display()
-    );
+    )?;
     Ok(())
 }
 

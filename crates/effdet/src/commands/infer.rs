@@ -112,7 +112,7 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
         writeln!(std::io::stdout(), "{}", serde_json::json!({ "images": records }))?;
         eprintln!("{summary}");
     } else {
-        println!("{summary}");
+        writeln!(std::io::stdout(), "{summary}")?;
     }
     if failures > 0 {
         eprintln!("error: {failures} images could not be read, see above; the others are done");

@@ -1,6 +1,7 @@
 //! `effdet train`.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use effdet_ckpt::{CheckpointStore, load_backbone, weights_hash};
-use effdet_data::dataset::DetectionDataset;
 use effdet_dist::SingleProcess;
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
@@ -45,7 +45,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         (config, data)
     };
     if args.dry_run {
-        print!("{}", toml::to_string(&config)?);
+        write!(std::io::stdout(), "{}", toml::to_string(&config)?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let label_map = label_map_of(&data.train)?;
@@ -67,7 +67,7 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
         .with_context(|| format!("cannot write {}", file.display()))?;
     let ending = execute(args, &config, data, label_map, &network, state, &run_dir)?;
     if !given && ending == Ending::Complete {
-        quickstart::next_steps(&run_dir);
+        quickstart::next_steps(&run_dir)?;
     }
     exit_code(ending, &run_dir)
 }
@@ -239,49 +239,33 @@ fn execute(
     sinks.extend(logs.iter_mut().map(|sink| &mut **sink as &mut dyn EventSink));
     let outcome = trainer.run(&mut inputs, &mut state, &mut sinks)?;
     drop(inputs);
-    finish(
-        &outcome,
-        config,
-        network,
-        &state,
-        &mut engine,
-        &label_map,
-        data.val.as_deref(),
-        run_dir,
-    )?;
+    if outcome.ending != Ending::Interrupted && config.train.rule.at_end() {
+        if let Some(evaluation) = &outcome.evaluation {
+            report::write_detections(&evaluation.detections, &run_dir.join("detections.json"))?;
+        }
+        if let Some(val) = &data.val {
+            report::write_samples(
+                &mut engine,
+                network,
+                state.evaluation_weights(),
+                &label_map,
+                val,
+                &run_dir.join("samples"),
+            )?;
+        }
+    }
+    print_outcome(&outcome, &state, run_dir)?;
     Ok(outcome.ending)
 }
 
-#[allow(clippy::too_many_arguments, reason = "everything a finished run has")]
-fn finish(
-    outcome: &Outcome,
-    config: &RunConfig,
-    network: &Arc<Network>,
-    state: &TrainState,
-    engine: &mut dyn effdet_model::engine::Engine,
-    label_map: &LabelMap,
-    val: Option<&DetectionDataset>,
-    run_dir: &Path,
-) -> Result<()> {
+/// The scores, the speed and what lies where.
+fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> Result<()> {
+    let mut out = std::io::stdout().lock();
     if let Some(evaluation) = &outcome.evaluation {
-        print!("{}", evaluation.summary.table());
-        if config.train.rule.at_end() && outcome.ending != Ending::Interrupted {
-            report::write_detections(&evaluation.detections, &run_dir.join("detections.json"))?;
-        }
+        write!(out, "{}", evaluation.summary.table())?;
     }
-    if let Some(val) = val
-        && outcome.ending != Ending::Interrupted
-    {
-        report::write_samples(
-            engine,
-            network,
-            state.evaluation_weights(),
-            label_map,
-            val,
-            &run_dir.join("samples"),
-        )?;
-    }
-    println!(
+    writeln!(
+        out,
         "step {}: {:.2} images/s; weights {}, averages {}",
         outcome.step,
         outcome.images_per_second,
@@ -290,8 +274,24 @@ fn finish(
             || "off".to_owned(),
             |average| weights_hash(average)[..16].to_owned()
         ),
-    );
-    println!("checkpoints, logs, curves and pictures: {}", run_dir.display());
+    )?;
+    writeln!(out, "everything of this run is in {}:", run_dir.display())?;
+    for (name, what) in [
+        ("step-*", "checkpoints"),
+        ("samples", "held-out images with detections drawn"),
+        (
+            "detections.json",
+            "detections of the last evaluation, COCO results",
+        ),
+        ("curves.svg", "losses, learning rate and AP"),
+        ("steps.csv, evaluations.csv, tensorboard", "the same as numbers"),
+        (CONFIG_FILE, "the effective configuration"),
+    ] {
+        let there = name.contains(['*', ',']) || run_dir.join(name).exists();
+        if there {
+            writeln!(out, "  {name:<40} {what}")?;
+        }
+    }
     Ok(())
 }
 
