@@ -68,7 +68,7 @@ Examples:
         /// Run folder or step folder instead of --model and --weights.
         #[arg(long, value_name = "PATH")]
         checkpoint: Option<PathBuf>,
-        /// Input batch: .npy or .safetensors [N,H,W,3] float32 (already normalised), or an image (goes through preprocessing).
+        /// Input batch: .npy or .safetensors N×H×W×3 float32 (already normalised), or an image (goes through preprocessing).
         #[arg(long, value_name = "FILE")]
         input: PathBuf,
         /// Boxes: JSON, one list per image of {"box": [ymin, xmin, ymax, xmax] in input pixels, "class": 0-based index}.
