@@ -10,7 +10,7 @@ use crate::error::TrainError;
 use crate::events::{Event, EventSink, StepRecord};
 
 /// Points of a curve; beyond twice as many, neighbours are averaged.
-const MAX_POINTS: usize = 1000;
+const MAX_POINTS: usize = 250;
 /// Quantities of a step that are drawn.
 const QUANTITIES: usize = 7;
 /// Panel size in pixels.
@@ -327,6 +327,12 @@ fn panel(svg: &mut String, (left, top): (f64, f64), title: &str, axis: Axis, cur
     let vertical = Scale::vertical(axis, curves);
     let place_x = |step: f64| x0 + width * horizontal.place(step);
     let place_y = |value: f64| y0 + height * (1.0 - vertical.place(value));
+    let _ = writeln!(
+        svg,
+        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#444\">step</text>",
+        x0 - 6.0,
+        y0 + height + 15.0
+    );
     for tick in horizontal.ticks() {
         let _ = writeln!(
             svg,
@@ -347,7 +353,8 @@ fn panel(svg: &mut String, (left, top): (f64, f64), title: &str, axis: Axis, cur
             label(tick)
         );
     }
-    for (index, (curve, colour)) in curves.iter().zip(COLOURS).enumerate() {
+    let mut legend = String::new();
+    for (curve, colour) in curves.iter().zip(COLOURS) {
         let mut path = String::new();
         for (i, &(step, value)) in curve.points.iter().enumerate() {
             let command = if i == 0 { 'M' } else { 'L' };
@@ -369,16 +376,20 @@ fn panel(svg: &mut String, (left, top): (f64, f64), title: &str, axis: Axis, cur
             }
         }
         if let (false, Some(&(_, value))) = (curve.name.is_empty(), curve.points.last()) {
-            let _ = writeln!(
-                svg,
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"{colour}\">{} {}</text>",
-                x0 + width - 6.0,
-                y0 + 15.0 + 14.0 * index as f64,
+            let _ = write!(
+                legend,
+                "<tspan dx=\"10\" fill=\"{colour}\">{} {}</tspan>",
                 curve.name,
                 short(value)
             );
         }
     }
+    let _ = writeln!(
+        svg,
+        "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{legend}</text>",
+        x0 + width,
+        y0 - 12.0
+    );
 }
 
 /// A value to three figures.
