@@ -73,7 +73,7 @@ impl Curves {
             ("Learning rate", Axis::FromZero, vec![quantity("", 4)]),
             ("Gradient norm", Axis::Auto, vec![quantity("after clipping", 5)]),
             (
-                "Average precision, held-out images",
+                "Held-out images",
                 Axis::Unit,
                 vec![metric("AP", 0), metric("AP50", 1), metric("AP75", 2)],
             ),
@@ -330,7 +330,7 @@ fn panel(svg: &mut String, (left, top): (f64, f64), title: &str, axis: Axis, cur
     let _ = writeln!(
         svg,
         "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#444\">step</text>",
-        x0 - 6.0,
+        x0 - 12.0,
         y0 + height + 15.0
     );
     for tick in horizontal.ticks() {
