@@ -27,7 +27,7 @@ pub enum Initializer {
         /// Variance scale.
         scale: f64,
     },
-    /// Normal with σ = √(scale/fan_out), fan_out = kh·kw·shape[3] (automl's backbone).
+    /// Normal with σ = √(scale/fan_out), fan_out = kh·kw·out (automl's backbone).
     NormalFanOut {
         /// Variance scale.
         scale: f64,
