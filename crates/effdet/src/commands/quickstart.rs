@@ -17,8 +17,8 @@ const TRAIN_IMAGES: u64 = 800;
 const VAL_IMAGES: u64 = 100;
 const IMAGE_SIZE: usize = 128;
 const BATCH_SIZE: usize = 8;
-const EPOCHS: f64 = 16.0;
-const LEARNING_RATE: f64 = 0.12;
+const EPOCHS: f64 = 20.0;
+const LEARNING_RATE: f64 = 0.05;
 /// Objects of a fifth to four fifths of the image's side, so that a small input shows what they are.
 const SMALLEST_RADIUS: f32 = 0.1;
 const MAX_OBJECTS: u64 = 4;
