@@ -1,7 +1,7 @@
 //! Vectors of f32 behind one trait, and the run-time choice of an instruction set.
 //!
 //! A kernel is written once as an `#[inline(always)] unsafe fn body<S: Simd>(..)` and instantiated for every instruction
-//! set by [`dispatch!`]. Vectors run over channels only and every sum over another index runs in program order with fused
+//! set by the macro `dispatch!`. Vectors run over channels only and every sum over another index runs in program order with fused
 //! multiply-add, so all instruction sets give the same bits: [`Simd`] promises identical results lane by lane, NaN payloads
 //! aside.
 
