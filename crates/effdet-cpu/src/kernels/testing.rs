@@ -1,8 +1,12 @@
 //! What the kernels' tests share.
 
+use effdet_model::hparams::ActType;
+use effdet_model::network::MapSize;
+
 use super::Executor;
 use crate::arena::AlignedBuf;
 use crate::math::Act;
+use crate::reference::{Tensor, ops};
 use crate::simd::Isa;
 
 /// Values in [−1, 1) from a counter.
@@ -19,17 +23,28 @@ pub(super) fn buffer(len: usize, seed: u32) -> AlignedBuf {
     AlignedBuf::from_slice(&values(len, seed))
 }
 
-/// The activation and its slope in float64, for the activations that the tests use.
+/// The activation and its slope in float64, by the plain reference.
 pub(super) fn activation(act: Act, z: f64) -> (f64, f64) {
-    match act {
-        Act::Swish => {
-            let s = 1.0 / (1.0 + (-z).exp());
-            (z * s, s + z * s * (1.0 - s))
-        }
-        Act::Identity => (z, 1.0),
-        Act::Relu6 => (z.clamp(0.0, 6.0), if z > 0.0 && z < 6.0 { 1.0 } else { 0.0 }),
-        other => unimplemented!("no test uses {other:?}"),
-    }
+    let act = match act {
+        Act::Swish => ActType::Swish,
+        Act::Relu => ActType::Relu,
+        Act::Relu6 => ActType::Relu6,
+        Act::HSwish => ActType::Hswish,
+        Act::Mish => ActType::Mish,
+        Act::Identity => ActType::Identity,
+        Act::SRelu => ActType::Srelu,
+    };
+    let single = |value: f64| Tensor {
+        batch: 1,
+        map: MapSize { height: 1, width: 1 },
+        channels: 1,
+        data: vec![value],
+    };
+    let z = single(z);
+    (
+        ops::activate(&z, act).data[0],
+        ops::activate_backward(&z, act, &single(1.0)).data[0],
+    )
 }
 
 /// Asserts that values agree with float64 ones to `tolerance` of the largest of these.
