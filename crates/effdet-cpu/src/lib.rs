@@ -7,6 +7,7 @@ pub mod engine;
 pub mod kernels;
 pub mod math;
 pub mod pool;
+pub mod probe;
 pub mod reference;
 pub mod simd;
 pub mod stochastic_depth;

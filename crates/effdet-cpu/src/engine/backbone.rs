@@ -16,6 +16,7 @@ use crate::kernels::pointwise::{
 };
 use crate::kernels::{se, stem};
 use crate::math::Act;
+use crate::probe::Stage;
 
 /// The backbone with its buffers for one batch size.
 #[derive(Debug)]
@@ -239,8 +240,10 @@ impl Backbone {
 /// Forward.
 impl Backbone {
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, pixels: &[f32]) {
+        pass.executor.enter(Stage::Stem);
         self.stem.forward(pass, self.images, pixels);
         for index in 0..self.blocks.len() {
+            pass.executor.enter(Stage::Block(index));
             let (done, rest) = self.blocks.split_at_mut(index);
             let block = &mut rest[0];
             if !self.keeps {
@@ -507,6 +510,7 @@ impl Backbone {
                 .position(|&level| level == block)
                 .map(|level| level_gradients[level])
         };
+        pass.executor.enter(Stage::Block(last));
         let [mut above, mut below] = std::mem::take(&mut self.narrow);
         let len = self.blocks[last].y3.len();
         match feature_of(last) {
@@ -529,6 +533,7 @@ impl Backbone {
         block.take_output_sums(&image_sums);
 
         for index in (0..self.blocks.len()).rev() {
+            pass.executor.enter(Stage::Block(index));
             let (done, rest) = self.blocks.split_at_mut(index);
             let block = &mut rest[0];
             let feature = index.checked_sub(1).and_then(feature_of);
@@ -542,6 +547,7 @@ impl Backbone {
             std::mem::swap(&mut above, &mut below);
         }
         self.narrow = [above, below];
+        pass.executor.enter(Stage::Stem);
 
         pass.backward_norm(
             &mut self.stem.bn,

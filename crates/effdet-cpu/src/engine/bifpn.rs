@@ -16,6 +16,7 @@ use crate::kernels::pointwise::{
 };
 use crate::kernels::resample::{self, Resampler};
 use crate::math::Act;
+use crate::probe::Stage;
 
 /// Where a feature comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -298,6 +299,7 @@ impl Pyramid {
     }
 
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, backbone: &Backbone) {
+        pass.executor.enter(Stage::Pyramid);
         for extra in &mut self.extra {
             extra.input.forward_match(pass, backbone);
             let mut out = std::mem::take(&mut self.features[extra.output].raw);
@@ -336,6 +338,7 @@ impl Pyramid {
         output_gradients: &[f32],
         gradients: &mut Gradients<'_>,
     ) {
+        pass.executor.enter(Stage::Pyramid);
         self.features
             .iter_mut()
             .for_each(|feature| feature.gradient.written = false);

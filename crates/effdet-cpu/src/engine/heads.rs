@@ -15,6 +15,7 @@ use crate::kernels::pointwise::{
     RowPlan, WeightGradient,
 };
 use crate::math::Act;
+use crate::probe::Stage;
 
 /// Both heads; they run one after the other and share their buffers.
 #[derive(Debug)]
@@ -29,6 +30,15 @@ pub(super) struct Heads {
 pub(super) enum Which {
     Class,
     Box,
+}
+
+impl Which {
+    fn stage(self) -> Stage {
+        match self {
+            Self::Class => Stage::ClassHead,
+            Self::Box => Stage::BoxHead,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -158,6 +168,7 @@ impl Heads {
 
     /// Runs a head; its outputs stay in [`Self::outputs`] until the next head runs.
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, which: Which, input: &[f32]) {
+        pass.executor.enter(which.stage());
         let (head, buffers) = self.split(which);
         let of_a_head = (buffers.cells.len() * head.layers.len()) as u64;
         let first_number = buffers.backbone_layers + if which == Which::Box { of_a_head } else { 0 };
@@ -174,6 +185,7 @@ impl Heads {
         accumulate: bool,
         gradients: &mut Gradients<'_>,
     ) {
+        pass.executor.enter(which.stage());
         let (head, buffers) = self.split(which);
         buffers.backward(pass, head, input, input_gradient, accumulate, gradients);
     }

@@ -33,6 +33,7 @@ use crate::kernels::loss::{self, Focal, HeadRows, Huber};
 use crate::kernels::pointwise::Packing;
 use crate::kernels::stem::Normalize;
 use crate::math::Act;
+use crate::probe::{Probe, Stage};
 use crate::simd::Isa;
 use crate::stochastic_depth::DrawKeys;
 
@@ -87,6 +88,7 @@ impl Layers {
 
     /// Packs weights, runs backbone and pyramid and writes the input of the heads.
     fn forward(&mut self, pass: &mut Pass<'_>, pixels: &[f32], packing: Packing) {
+        pass.executor.enter(Stage::Weights);
         self.backbone.pack(pass, packing);
         self.pyramid.pack(pass, packing);
         self.heads.pack(pass, packing);
@@ -148,6 +150,11 @@ impl CpuEngine {
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.executor.isa()
+    }
+
+    /// Lets `probe` listen to every pass that follows; none ends it.
+    pub fn listen(&mut self, probe: Option<Arc<dyn Probe>>) {
+        self.executor.listen(probe);
     }
 
     /// Threads in use.
@@ -441,13 +448,13 @@ impl Engine for CpuEngine {
             for (index, level) in outputs.levels.iter_mut().enumerate() {
                 (level.height, level.width) = (levels[index].height, levels[index].width);
                 match network_outputs {
-                    Stage::Head(Which::Class, heads) => {
+                    Computed::Head(Which::Class, heads) => {
                         heads.copy_level(Which::Class, index, &mut level.class_logits)
                     }
-                    Stage::Head(Which::Box, heads) => {
+                    Computed::Head(Which::Box, heads) => {
                         heads.copy_level(Which::Box, index, &mut level.box_codes)
                     }
-                    Stage::Body(..) => {}
+                    Computed::Body(..) => {}
                 }
             }
         })
@@ -469,7 +476,7 @@ impl Engine for CpuEngine {
 }
 
 /// What has just been computed.
-enum Stage<'a, 'b> {
+enum Computed<'a, 'b> {
     Body(&'a Backbone, &'a Pyramid, &'a Pass<'b>),
     Head(Which, &'a mut Heads),
 }
@@ -481,7 +488,7 @@ impl CpuEngine {
         weights: &Weights,
         images: &ImageBatch<'_>,
         mode: Mode,
-        visit: &mut dyn FnMut(&mut Stage<'_, '_>),
+        visit: &mut dyn FnMut(&mut Computed<'_, '_>),
     ) -> Result<(), EngineError> {
         let size = self.network.hparams.image_size;
         images.check(size.height, size.width)?;
@@ -511,20 +518,20 @@ impl CpuEngine {
             head_input,
             ..
         } = layers;
-        visit(&mut Stage::Body(backbone, pyramid, &pass));
+        visit(&mut Computed::Body(backbone, pyramid, &pass));
         pyramid.write_outputs(&pass, self.network.cells.len() - 1, head_input);
         for which in [Which::Class, Which::Box] {
             heads.forward(&mut pass, which, head_input);
-            visit(&mut Stage::Head(which, heads));
+            visit(&mut Computed::Head(which, heads));
         }
         Ok(())
     }
 }
 
 /// Hands the named outputs of a stage to `sink`.
-fn emit(network: &Network, batch: usize, stage: &mut Stage<'_, '_>, sink: &mut TraceSink<'_>) {
+fn emit(network: &Network, batch: usize, stage: &mut Computed<'_, '_>, sink: &mut TraceSink<'_>) {
     match stage {
-        Stage::Body(backbone, pyramid, pass) => {
+        Computed::Body(backbone, pyramid, pass) => {
             let stem = &network.stem;
             let shape = [
                 batch,
@@ -569,7 +576,7 @@ fn emit(network: &Network, batch: usize, stage: &mut Stage<'_, '_>, sink: &mut T
                 }
             }
         }
-        Stage::Head(which, heads) => {
+        Computed::Head(which, heads) => {
             let (name, head) = match which {
                 Which::Class => ("class", &network.class_head),
                 Which::Box => ("box", &network.box_head),

@@ -9,6 +9,7 @@ use super::row_plan::RowBlock;
 use super::row_sweeps::{Sweep, load, store, sweep};
 use crate::arena::{Bump, SharedPtr};
 use crate::math::{Act, Activation, with_activation};
+use crate::probe::{Kernel, Work};
 use crate::simd::Simd;
 
 /// Tasks that a pass over all rows is cut into, about.
@@ -160,6 +161,8 @@ pub fn activate(executor: &Executor, args: Activate<'_>) {
         out,
     } = args;
     let len = rows.rows() * channels;
+    let tensors = 2 + usize::from(residual.is_some());
+    let _report = executor.report(Kernel::Elementwise, Work::new(0, tensors * len));
     check("the source", source.raw.len(), len);
     check("out", out.len(), len);
     if let Some(residual) = residual {
@@ -224,6 +227,7 @@ pub fn activate_backward(executor: &Executor, args: ActivateBackward<'_>) {
         sums,
     } = args;
     let len = rows.rows() * channels;
+    let _report = executor.report(Kernel::Elementwise, Work::new(0, 3 * len));
     check("the source", source.raw.len(), len);
     check("dout", dout.len(), len);
     check("dz", dz.len(), len);
@@ -280,6 +284,7 @@ pub fn gradient_sums(executor: &Executor, args: GradientSums<'_>) {
         y,
         sums,
     } = args;
+    let _report = executor.report(Kernel::Elementwise, Work::new(0, dz.len() + y.len()));
     check("dz", dz.len(), rows.rows() * channels);
     check("y", y.len(), rows.rows() * channels);
     for_blocks::<2>(executor, rows, channels, Some(sums), &|block, sums| {

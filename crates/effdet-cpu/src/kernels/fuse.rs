@@ -12,6 +12,7 @@ use super::resample::{
     forward_line, line_tasks,
 };
 use crate::arena::{Bump, SharedPtr};
+use crate::probe::{Kernel, Work};
 
 /// Added to the sum of the weights by the fast methods.
 const EPSILON: f32 = 1e-4;
@@ -208,6 +209,8 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         inputs,
         out,
     } = args;
+    let values: usize = inputs.iter().map(|input| input.raw.len()).sum();
+    let _report = executor.report(Kernel::Fuse, Work::new(0, values + out.len()));
     weights.check(inputs.len(), channels);
     let map = node_map(inputs.iter().map(|input| input.resampler));
     check("out", out.len(), images * map.cells() * channels);
@@ -312,6 +315,8 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
         inputs,
         mut dots,
     } = args;
+    let values: usize = inputs.iter().map(|input| 2 * input.raw.len()).sum();
+    let _report = executor.report(Kernel::FuseBackward, Work::new(0, values + df.len()));
     weights.check(inputs.len(), channels);
     let map = node_map(inputs.iter().map(|input| input.resampler));
     check("df", df.len(), images * map.cells() * channels);

@@ -5,6 +5,7 @@ use super::lanes::{LaneSums, VIRTUAL_LANES};
 use super::pointwise::check;
 use crate::arena::SharedPtr;
 use crate::math::{exp, ln_1p_unit};
+use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
 
 /// Rows of logits that a task works on.
@@ -74,6 +75,7 @@ pub fn focal(executor: &Executor, args: Focal<'_>) -> f64 {
         targets,
         logits,
     } = args;
+    let _report = executor.report(Kernel::Loss, Work::new(0, 2 * logits.len() + targets.len()));
     let width = rows.check(classes, logits.len());
     check("targets", targets.len(), rows.images * rows.anchors());
     let background = Term::new(alpha, gamma, label_smoothing, normalizer, 0.0);
@@ -364,6 +366,7 @@ pub fn huber(executor: &Executor, args: Huber<'_>) -> f64 {
         targets,
         codes,
     } = args;
+    let _report = executor.report(Kernel::Loss, Work::new(0, 2 * codes.len() + targets.len()));
     let width = rows.check(CODE_LEN, codes.len());
     check("targets", targets.len(), rows.images * rows.anchors() * CODE_LEN);
     let codes = SharedPtr::new(codes);

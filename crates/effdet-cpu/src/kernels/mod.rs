@@ -19,10 +19,11 @@ pub mod stem;
 #[cfg(test)]
 mod testing;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arena::AlignedBuf;
 use crate::pool::Pool;
+use crate::probe::{Kernel, Probe, Stage, Work};
 use crate::simd::Isa;
 
 /// What every kernel runs on: a pool of threads and an instruction set that is available here.
@@ -31,6 +32,7 @@ pub struct Executor {
     pool: Pool,
     isa: Isa,
     workspace: Mutex<Workspace>,
+    probe: Option<Arc<dyn Probe>>,
 }
 
 /// Partial results of the tasks of one kernel call, kept between calls for their memory.
@@ -70,6 +72,7 @@ impl Executor {
             pool: Pool::new(threads),
             isa,
             workspace: Mutex::default(),
+            probe: None,
         }
     }
 
@@ -83,8 +86,46 @@ impl Executor {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Lets `probe` listen to all that follows; none ends it.
+    pub fn listen(&mut self, probe: Option<Arc<dyn Probe>>) {
+        self.probe = probe;
+    }
+
+    /// Says that what follows belongs to `stage`.
+    pub(crate) fn enter(&self, stage: Stage) {
+        if let Some(probe) = &self.probe {
+            probe.enter(stage);
+        }
+    }
+
+    /// Reports `kernel` when the guard goes out of scope.
+    pub(crate) fn report(&self, kernel: Kernel, work: Work) -> Report<'_> {
+        Report {
+            probe: self.probe.as_deref(),
+            kernel,
+            work,
+        }
+    }
+
     /// The instruction set, available on this processor.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+}
+
+/// Reports a kernel call at its end.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Report<'a> {
+    probe: Option<&'a dyn Probe>,
+    kernel: Kernel,
+    work: Work,
+}
+
+impl Drop for Report<'_> {
+    fn drop(&mut self) {
+        if let Some(probe) = self.probe {
+            probe.done(self.kernel, self.work);
+        }
     }
 }

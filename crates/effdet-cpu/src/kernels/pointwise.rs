@@ -20,6 +20,7 @@ use super::row_sweeps::{
 };
 use crate::arena::{ALIGNMENT, AlignedBuf, Bump, SharedPtr};
 use crate::math::{Act, with_activation};
+use crate::probe::{Kernel, Work};
 use crate::simd::Isa;
 
 pub use super::row_plan::{RowPlan, Segment};
@@ -113,6 +114,8 @@ pub fn pack(executor: &Executor, packing: Packing, layers: &mut [(&mut PackedWei
     for (packed, source) in layers.iter() {
         check("weights", source.len(), packed.inputs * packed.outputs);
     }
+    let values: usize = layers.iter().map(|(_, source)| source.len()).sum();
+    let _report = executor.report(Kernel::Pack, Work::new(0, 2 * values));
     let jobs = SharedPtr::new(layers);
     executor.pool().run(layers.len(), &|task, _| {
         // SAFETY: each task has a layer to itself.
@@ -263,6 +266,13 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         streaming,
     } = args;
     let (inputs, outputs) = (weights.inputs, weights.outputs);
+    let _report = executor.report(
+        Kernel::Pointwise,
+        Work::new(
+            plan.rows() * inputs * outputs,
+            plan.rows() * (inputs + outputs) + inputs * outputs,
+        ),
+    );
     weights.check_forward();
     assert!(
         stride >= outputs,
@@ -458,6 +468,10 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
         weight_gradient,
     } = args;
     let (inputs, outputs) = (weights.inputs, weights.outputs);
+    let _report = executor.report(
+        Kernel::PointwiseBackward,
+        gradient_work(plan, &output_gradient, inputs, outputs, input_gradient.is_some()),
+    );
     output_gradient.check(plan, outputs);
     check("x", x.len(), plan.rows() * inputs);
     if let Some(gradient) = &input_gradient {
@@ -596,6 +610,25 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
     partials.reduce(executor, floats, bias_totals);
 }
 
+/// Nominal work of both gradients, or of the weight gradient alone.
+fn gradient_work(
+    plan: &RowPlan,
+    output_gradient: &OutputGradient<'_>,
+    inputs: usize,
+    outputs: usize,
+    with_input: bool,
+) -> Work {
+    let products = if with_input { 2 } else { 1 };
+    let of_output = match output_gradient {
+        OutputGradient::Plain { .. } => outputs,
+        OutputGradient::Normalized { .. } => 2 * outputs,
+    };
+    Work::new(
+        products * plan.rows() * inputs * outputs,
+        plan.rows() * (of_output + products * inputs) + products * inputs * outputs,
+    )
+}
+
 /// Arguments of [`backward_activated`].
 #[derive(Debug)]
 pub struct BackwardActivated<'a> {
@@ -642,6 +675,10 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
         weight_gradient,
     } = args;
     let (inputs, outputs) = (weights.inputs, weights.outputs);
+    let _report = executor.report(
+        Kernel::PointwiseBackward,
+        gradient_work(plan, &output_gradient, inputs, outputs, true),
+    );
     weights.check_backward();
     output_gradient.check(plan, outputs);
     input.check(plan, inputs);

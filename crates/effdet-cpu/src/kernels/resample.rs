@@ -10,6 +10,7 @@ use super::elementwise::{Affine, AffineVectors};
 use super::pointwise::check;
 use super::row_sweeps::{load, store};
 use crate::arena::SharedPtr;
+use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
 
 /// Values that a task works on, about: a task should be worth starting.
@@ -199,6 +200,7 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         out,
     } = args;
     let output = resampler.output;
+    let _report = executor.report(Kernel::Fuse, Work::new(0, raw.len() + out.len()));
     check(
         "the input",
         raw.len(),
@@ -415,6 +417,7 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
         accumulate,
     } = args;
     let input = resampler.input;
+    let _report = executor.report(Kernel::FuseBackward, Work::new(0, dout.len() + dx.len()));
     check("dout", dout.len(), images * resampler.output.cells() * channels);
     check("dx", dx.len(), images * input.cells() * channels);
     let argmax = resampler.argmax(argmax, dout.len());

@@ -10,6 +10,7 @@ use super::pointwise::{RowPlan, Segment, check, part};
 use super::row_sweeps::{Sweep, load, sweep};
 use crate::arena::SharedPtr;
 use crate::math::{Act, Activation, sigmoid, with_activation};
+use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
 
 /// Tasks that the weight gradients are cut into.
@@ -30,6 +31,12 @@ pub struct Pool<'a> {
     pub mean: &'a mut [f32],
 }
 
+/// Nominal work of `products` passes over both fully connected layers.
+fn work(images: usize, channels: usize, squeezed: usize, products: usize) -> Work {
+    let weights = 2 * channels * squeezed;
+    Work::new(products * images * weights, products * weights)
+}
+
 /// Averages each channel over the pixels of an image.
 ///
 /// # Panics
@@ -45,6 +52,7 @@ pub fn pool(executor: &Executor, args: Pool<'_>) {
         source,
         mean,
     } = args;
+    let _report = executor.report(Kernel::SqueezeExcite, Work::new(0, source.raw.len()));
     check("the source", source.raw.len(), images * rows_per_image * channels);
     check("mean", mean.len(), images * channels);
     let affine = AffineVectors::new(source.affine, (1, images, channels));
@@ -179,6 +187,7 @@ pub fn excite(executor: &Executor, args: Excite<'_>) {
     check("mean", mean.len(), images * channels);
     check("hidden", hidden.len(), images * squeezed);
     check("gate", gate.len(), images * channels);
+    let _report = executor.report(Kernel::SqueezeExcite, work(images, channels, squeezed, 1));
     let (hidden, gate) = (SharedPtr::new(hidden), SharedPtr::new(gate));
     executor.pool().run(images, &|image, _| {
         let mut activated = vec![0.0; squeezed];
@@ -327,6 +336,7 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
     } = weight_gradients;
     let (channels, squeezed) = weights.check();
     let images = mean.len() / channels;
+    let _report = executor.report(Kernel::SqueezeExciteBackward, work(images, channels, squeezed, 2));
     check("mean", mean.len(), images * channels);
     check("hidden", hidden.len(), images * squeezed);
     check("gate", gate.len(), images * channels);

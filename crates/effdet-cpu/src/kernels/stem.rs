@@ -8,6 +8,7 @@ use super::gemm::padded;
 use super::pointwise::{ChannelVectors, add, check, flush_rows, part, rows_are_aligned};
 use super::row_sweeps::{FormGradient, store, sweep};
 use crate::arena::{Bump, SharedPtr};
+use crate::probe::{Kernel, Work};
 use crate::simd::{Isa, Simd, dispatch};
 
 /// Side and stride of the kernel, colours.
@@ -86,6 +87,7 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         streaming,
     } = args;
     let shape = Shape::new(&input);
+    let _report = executor.report(Kernel::Stem, work(&input, y.len(), y.len()));
     check("weights", weights.len(), TAPS * channels);
     check("y", y.len(), input.images * shape.output.cells() * channels);
     if let Some(sums) = &sums {
@@ -397,6 +399,11 @@ dispatch! {
     unsafe fn output_line(line: &OutputLine) = output_line_body;
 }
 
+/// Nominal work for `outputs` values of the convolution's output, `values` of which are read or written.
+fn work(input: &StemInput<'_>, outputs: usize, values: usize) -> Work {
+    Work::new(TAPS * outputs, input.pixels.len() + values)
+}
+
 /// Arguments of [`backward_weights`].
 #[derive(Debug)]
 pub struct BackwardWeights<'a> {
@@ -437,6 +444,7 @@ pub fn backward_weights(executor: &Executor, args: BackwardWeights<'_>) {
         dw,
     } = args;
     let shape = Shape::new(&input);
+    let _report = executor.report(Kernel::StemBackward, work(&input, y.len(), 2 * y.len()));
     let len = input.images * shape.output.cells() * channels;
     check("dz", dz.len(), len);
     check("y", y.len(), len);

@@ -16,6 +16,7 @@ use super::elementwise::{Affine, AffineVectors, Source, Vectors};
 use super::pointwise::{ChannelVectors, check, flush_rows, part, rows_are_aligned};
 use crate::arena::{Bump, SharedPtr};
 use crate::math::{Act, with_activation};
+use crate::probe::{Kernel, Work};
 use crate::simd::Isa;
 
 mod backward;
@@ -56,6 +57,8 @@ pub struct Forward<'a> {
 /// The same bits for any number of threads and any instruction set.
 pub fn forward(executor: &Executor, args: Forward<'_>) {
     let plan = args.plan;
+    let values = args.input.raw.len() + args.y.len();
+    let _report = executor.report(Kernel::Depthwise, Work::new(plan.multiply_adds(), values));
     check(
         "the input",
         args.input.raw.len(),
@@ -322,6 +325,15 @@ pub struct Backward<'a> {
 /// The same bits for any number of threads and any instruction set.
 pub fn backward(executor: &Executor, args: Backward<'_>) {
     let plan = args.plan;
+    let of_output = match args.output_gradient {
+        OutputGradient::Plain(dy) => dy.len(),
+        OutputGradient::Activated { da, y, .. } => da.len() + y.len(),
+    };
+    let values = args.input.raw.len() + args.input_gradient.dz.len() + of_output;
+    let _report = executor.report(
+        Kernel::DepthwiseBackward,
+        Work::new(2 * plan.multiply_adds(), values),
+    );
     check(
         "the input",
         args.input.raw.len(),

@@ -126,6 +126,11 @@ impl DepthwisePlan {
         self.input_rows
     }
 
+    /// Products of weights and inputs that the convolution adds up, those with padding included.
+    pub(super) fn multiply_adds(&self) -> usize {
+        self.kernel_size * self.kernel_size * self.output_rows * self.channels
+    }
+
     /// Rows (pixels) of the output tensor over all maps and images.
     pub fn output_rows(&self) -> usize {
         self.output_rows
