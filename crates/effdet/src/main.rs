@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         // The reader of our output, `head` say, has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", commands::describe(&error));
             ExitCode::FAILURE
         }
     }

@@ -76,7 +76,7 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
         match read_image(&file) {
             Err(error) => {
                 failures += 1;
-                progress.say(&format!("error: {}: {error:#}", file.display()));
+                progress.say(&format!("error: {}: {}", file.display(), super::describe(&error)));
             }
             Ok(mut image) => {
                 let detections = detector.detect(&image, args.score_threshold)?;

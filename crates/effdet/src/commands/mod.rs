@@ -45,6 +45,18 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// An error and its causes in one line; a cause that an error already quotes is not repeated.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
 fn inspect(command: &InspectCommand) -> Result<()> {
     match command {
         InspectCommand::Model {
@@ -79,5 +91,22 @@ fn inspect(command: &InspectCommand) -> Result<()> {
             reference: *reference,
             out,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+
+    use super::describe;
+
+    #[test]
+    fn causes_that_an_error_quotes_are_said_once() {
+        let quoting = anyhow!("no space").context("cannot write a.csv: no space; free some");
+        assert_eq!(describe(&quoting), "cannot write a.csv: no space; free some");
+        let plain = Err::<(), _>(anyhow!("no space"))
+            .context("saving")
+            .context("step 7");
+        assert_eq!(describe(&plain.unwrap_err()), "step 7: saving: no space");
     }
 }
