@@ -69,6 +69,12 @@ fn main() {
             .unwrap();
         times[0].push(clock.elapsed().as_secs_f64());
     }
+    let hash = gradients
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, gradient| {
+            (hash ^ u64::from(gradient.to_bits())).wrapping_mul(0x100_0000_01b3)
+        });
+    println!("gradients {hash:016x}");
     for _ in 0..=steps {
         let clock = Instant::now();
         engine.infer(&weights, &images, &mut outputs).unwrap();

@@ -1,32 +1,104 @@
-//! Aligned f32 buffers.
+//! Aligned buffers, and memory that several of them share at different times.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Alignment of every buffer in bytes: a cache line and the widest vector.
 pub const ALIGNMENT: usize = 64;
 
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A zeroed f32 buffer on a 64-byte boundary.
+/// What a buffer may hold.
+///
+/// # Safety
+/// All bits zero must be a value, and values must need no drop.
+pub unsafe trait Element: Copy + Send + Sync + 'static {}
+
+// SAFETY: 0.0 is all bits zero.
+unsafe impl Element for f32 {}
+
+/// A zeroed buffer on a 64-byte boundary: memory of its own, or a part of a [`Region`].
 ///
 /// Buffers from 2 MB on are aligned to 2 MB and asked to be backed by huge pages, which spares most of the TLB misses and
 /// page faults; allocate once and reuse.
-pub struct AlignedBuf {
-    start: NonNull<f32>,
+pub struct AlignedBuf<T: Element = f32> {
+    start: NonNull<T>,
     len: usize,
+    home: Option<Home>,
 }
 
-impl AlignedBuf {
+/// Where a buffer lies that has no memory of its own.
+struct Home {
+    region: Arc<Region>,
+    lifetime: Lifetime,
+}
+
+/// The steps of a pass, both ends included, during which a buffer holds something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    /// First step.
+    pub first: u32,
+    /// Last step.
+    pub last: u32,
+}
+
+impl Lifetime {
+    /// All steps.
+    pub const ALWAYS: Self = Self {
+        first: 0,
+        last: u32::MAX,
+    };
+
+    /// Whether a step is common to both.
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    const fn contains(self, step: u32) -> bool {
+        self.first <= step && step <= self.last
+    }
+}
+
+/// Memory that buffers share whose lifetimes do not overlap, and the step at hand.
+///
+/// A buffer of a region can be used during the steps of its lifetime only; each use asserts that.
+#[derive(Debug)]
+pub struct Region {
+    memory: AlignedBuf<f32>,
+    step: AtomicU32,
+}
+
+impl Region {
+    /// A zeroed region of `bytes` bytes.
+    pub fn new(bytes: usize) -> Arc<Self> {
+        Arc::new(Self {
+            memory: AlignedBuf::zeroed(bytes.div_ceil(size_of::<f32>())),
+            step: AtomicU32::new(0),
+        })
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.memory.len * size_of::<f32>()
+    }
+
+    /// Goes on to a step: what buffers hold whose lifetime is over is lost.
+    pub fn enter(&self, step: u32) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+}
+
+impl<T: Element> AlignedBuf<T> {
     /// A buffer of `len` zeros.
     pub fn zeroed(len: usize) -> Self {
+        let home = None;
         if len == 0 {
-            return Self {
-                start: NonNull::dangling(),
-                len,
-            };
+            let start = NonNull::dangling();
+            return Self { start, len, home };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout's size is not 0, and the whole allocation is written before it is read.
@@ -41,15 +113,48 @@ impl AlignedBuf {
                 let _ = libc::madvise(start.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE);
             }
             start.as_ptr().write_bytes(0, layout.size());
-            Self {
-                start: start.cast(),
-                len,
-            }
+            let start = start.cast();
+            Self { start, len, home }
+        }
+    }
+
+    /// The part of `region` from byte `offset` on.
+    ///
+    /// # Panics
+    /// When the part is not inside the region or not on a 64-byte boundary.
+    ///
+    /// # Safety
+    /// No other buffer whose lifetime overlaps may have a byte in common with this one.
+    pub(crate) unsafe fn in_region(
+        region: &Arc<Region>,
+        offset: usize,
+        len: usize,
+        lifetime: Lifetime,
+    ) -> Self {
+        if len == 0 {
+            return Self::zeroed(0);
+        }
+        let end = len
+            .checked_mul(size_of::<T>())
+            .and_then(|bytes| bytes.checked_add(offset));
+        assert!(
+            end.is_some_and(|end| end <= region.memory.len * size_of::<f32>())
+                && offset.is_multiple_of(ALIGNMENT),
+            "a buffer lies inside its region"
+        );
+        Self {
+            // SAFETY: inside the region's memory.
+            start: unsafe { region.memory.start.cast::<u8>().add(offset).cast() },
+            len,
+            home: Some(Home {
+                region: Arc::clone(region),
+                lifetime,
+            }),
         }
     }
 
     /// A copy of `values`.
-    pub fn from_slice(values: &[f32]) -> Self {
+    pub fn from_slice(values: &[T]) -> Self {
         let mut buffer = Self::zeroed(values.len());
         buffer.copy_from_slice(values);
         buffer
@@ -63,9 +168,24 @@ impl AlignedBuf {
         }
     }
 
+    /// # Panics
+    /// Outside the buffer's lifetime.
+    #[inline]
+    fn check_lifetime(&self) {
+        if let Some(Home { region, lifetime }) = &self.home {
+            let step = region.step.load(Ordering::Relaxed);
+            assert!(
+                lifetime.contains(step),
+                "a buffer of steps {} to {} is used in step {step}",
+                lifetime.first,
+                lifetime.last
+            );
+        }
+    }
+
     fn layout(len: usize) -> Layout {
         let bytes = len
-            .checked_mul(size_of::<f32>())
+            .checked_mul(size_of::<T>())
             .expect("a buffer fits the address space");
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGNMENT };
         Layout::from_size_align(bytes, align)
@@ -74,44 +194,46 @@ impl AlignedBuf {
     }
 }
 
-impl Default for AlignedBuf {
+impl<T: Element> Default for AlignedBuf<T> {
     fn default() -> Self {
         Self::zeroed(0)
     }
 }
 
-impl Drop for AlignedBuf {
+impl<T: Element> Drop for AlignedBuf<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.len > 0 && self.home.is_none() {
             // SAFETY: allocated in `zeroed` with this very layout.
             unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) }
         }
     }
 }
 
-impl Deref for AlignedBuf {
-    type Target = [f32];
+impl<T: Element> Deref for AlignedBuf<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
-        // SAFETY: `len` initialised values, owned by self.
+    fn deref(&self) -> &[T] {
+        self.check_lifetime();
+        // SAFETY: `len` initialised values, owned by self; in a region nobody else has them in this step.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
-impl DerefMut for AlignedBuf {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Element> DerefMut for AlignedBuf<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.check_lifetime();
         // SAFETY: as in `deref`, and borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
-impl Clone for AlignedBuf {
+impl<T: Element> Clone for AlignedBuf<T> {
     fn clone(&self) -> Self {
         Self::from_slice(self)
     }
 }
 
-impl fmt::Debug for AlignedBuf {
+impl<T: Element> fmt::Debug for AlignedBuf<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AlignedBuf")
             .field("len", &self.len)
@@ -119,12 +241,12 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
-// SAFETY: the buffer owns its memory like a Vec<f32>.
-unsafe impl Send for AlignedBuf {}
+// SAFETY: the buffer owns its memory like a Vec, in a region during its lifetime.
+unsafe impl<T: Element> Send for AlignedBuf<T> {}
 // SAFETY: as above; shared access only reads.
-unsafe impl Sync for AlignedBuf {}
+unsafe impl<T: Element> Sync for AlignedBuf<T> {}
 
-/// A raw pointer to f32 that tasks of a pool may share; they must write disjoint parts.
+/// A raw pointer that tasks of a pool may share; they must write disjoint parts.
 #[derive(Debug)]
 pub(crate) struct SharedPtr<T>(*mut T);
 
@@ -200,7 +322,7 @@ mod tests {
     #[test]
     fn buffers_are_zeroed_and_aligned() {
         for len in [0, 1, 17, HUGE_PAGE / 4 - 1, HUGE_PAGE / 4 + 5] {
-            let buffer = AlignedBuf::zeroed(len);
+            let buffer = AlignedBuf::<f32>::zeroed(len);
             assert_eq!(buffer.len(), len);
             assert!(buffer.iter().all(|&x| x == 0.0));
             assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(ALIGNMENT));
@@ -214,6 +336,25 @@ mod tests {
         assert_eq!(*buffer, [1.0, 2.0]);
         buffer.grow(3);
         assert_eq!(*buffer, [0.0; 3]);
+    }
+
+    #[test]
+    fn a_buffer_of_a_region_is_usable_during_its_lifetime_only() {
+        let region = Region::new(128);
+        let lifetime = |first, last| Lifetime { first, last };
+        // SAFETY: the lifetimes of the two parts with common bytes do not overlap.
+        let (mut early, late) = unsafe {
+            (
+                AlignedBuf::<f32>::in_region(&region, 0, 32, lifetime(1, 2)),
+                AlignedBuf::<f32>::in_region(&region, 64, 16, lifetime(3, 3)),
+            )
+        };
+        region.enter(2);
+        early.fill(7.0);
+        region.enter(3);
+        assert_eq!(*late, [7.0; 16]);
+        let used = std::panic::catch_unwind(|| early.len());
+        assert!(used.is_err());
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! CPU engine: fused kernels, execution plans and run-time ISA dispatch for EfficientDet.
 //!
-//! Only the kernel modules and the two modules below them ([`pool`], [`arena`]) contain `unsafe` code.
+//! Only the kernel modules and the modules below them ([`pool`], [`arena`], [`memory`]) contain `unsafe` code.
 
 pub mod arena;
 pub mod engine;
 pub mod kernels;
 pub mod math;
+pub mod memory;
 pub mod pool;
 pub mod probe;
 pub mod reference;

@@ -7,7 +7,9 @@ use effdet_model::network::{MbConv, Network, SqueezeExcite, Stem};
 
 use super::batch_norm::BatchNormState;
 use super::pass::{Gradients, Pass, per_image};
-use crate::arena::AlignedBuf;
+use super::timeline::Step;
+use super::{Beside, BuildContext};
+use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, Affine, Source};
 use crate::kernels::pointwise::{
@@ -16,7 +18,6 @@ use crate::kernels::pointwise::{
 };
 use crate::kernels::{se, stem};
 use crate::math::Act;
-use crate::probe::Stage;
 
 /// The backbone with its buffers for one batch size.
 #[derive(Debug)]
@@ -31,10 +32,8 @@ pub(super) struct Backbone {
     levels: Vec<usize>,
     /// Output of the last block.
     last: AlignedBuf,
-    /// Wide buffers that all blocks share: y₁ and y₂ in inference, dA and dz in training.
+    /// y₁ and y₂ of the block at hand, where blocks keep nothing for a backward pass.
     wide: [AlignedBuf; 2],
-    /// Gradients by the input and the output of the block at hand.
-    narrow: [AlignedBuf; 2],
 }
 
 #[derive(Debug)]
@@ -59,6 +58,12 @@ struct BlockState {
     y3: AlignedBuf,
     bn3: BatchNormState,
     rows: RowPlan,
+    /// Gradient by the block's output.
+    output_gradient: AlignedBuf,
+    /// dA, the gradient by the input of the projection.
+    da: AlignedBuf,
+    /// Gradient by batch norm's output in front of the depthwise convolution.
+    dz: AlignedBuf,
     /// Scale and shift of the residual branch per image, where stochastic depth applies.
     branch: Option<Branch>,
 }
@@ -88,21 +93,56 @@ struct Branch {
 }
 
 impl BlockState {
-    fn new(layer: &MbConv, images: usize, training: bool) -> Self {
+    fn new(layer: &MbConv, index: usize, context: &mut BuildContext<'_>) -> Self {
+        let (images, training, timeline) = (context.images, context.training, context.timeline);
         let (input, output) = (layer.input.cells() * images, layer.output.cells() * images);
         let wide = layer.depthwise.channels;
-        let kept = |len: usize| AlignedBuf::zeroed(if training { len } else { 0 });
+        let in_channels = layer.expand.map_or(wide, |(conv, _)| conv.in_channels);
+        let (forward, backward) = (Step::Block(index), Step::BlockBackward(index));
+        let kept_steps = timeline.span(forward, backward);
+        let mut buffer = |owner, len: usize, lifetime| {
+            context
+                .memory
+                .buffer(owner, if training { len } else { 0 }, lifetime)
+        };
+        // The gradient by the first block's input is the stem's.
+        let dz_steps = match index {
+            0 => timeline.span(backward, Step::StemBackward),
+            _ => timeline.during(backward),
+        };
+        let gradient_steps = match index + 1 == timeline.blocks() {
+            true => timeline.during(backward),
+            false => timeline.span(Step::BlockBackward(index + 1), backward),
+        };
+        let y1_len = if layer.expand.is_some() { input * wide } else { 0 };
+        let y1 = buffer("backbone: wide activations", y1_len, kept_steps);
+        let y2 = buffer("backbone: wide activations", output * wide, kept_steps);
+        let da = buffer(
+            "backbone: wide gradients",
+            output * wide,
+            timeline.during(backward),
+        );
+        let dz = buffer("backbone: wide gradients", input * wide, dz_steps);
+        let narrow = output * layer.project.out_channels;
+        let output_gradient = buffer("backbone: narrow gradients", narrow, gradient_steps);
+        let x_len = if index > 0 { input * in_channels } else { 0 };
+        let mut always = |len| {
+            context
+                .memory
+                .buffer("backbone: narrow activations", len, kept_steps)
+        };
+        let (x, y3) = (always(x_len), always(narrow));
         Self {
             layer: layer.clone(),
             images,
-            x: AlignedBuf::default(),
+            x,
             expand: layer.expand.map(|(conv, bn)| Expand {
                 weights: PackedWeights::new(conv.in_channels, conv.out_channels),
-                y1: kept(input * wide),
+                y1,
                 bn1: BatchNormState::new(&[bn]),
                 rows: RowPlan::images(images, layer.input.cells()),
             }),
-            y2: kept(output * wide),
+            y2,
             bn2: BatchNormState::new(&[layer.depthwise_bn]),
             squeeze: layer.squeeze_excite.map(|layer| Squeeze {
                 layer,
@@ -118,17 +158,14 @@ impl BlockState {
                 layer.depthwise.stride,
             ),
             project: PackedWeights::new(wide, layer.project.out_channels),
-            y3: AlignedBuf::zeroed(output * layer.project.out_channels),
+            y3,
+            output_gradient,
+            da,
+            dz,
             bn3: BatchNormState::new(&[layer.project_bn]),
             rows: RowPlan::images(images, layer.output.cells()),
             branch: None,
         }
-    }
-
-    fn in_channels(&self) -> usize {
-        self.layer
-            .expand
-            .map_or(self.layer.depthwise.channels, |(conv, _)| conv.in_channels)
     }
 
     fn input_rows(&self) -> usize {
@@ -147,41 +184,35 @@ impl BlockState {
         }
     }
 
-    fn gate(&self) -> Option<&[f32]> {
-        self.squeeze.as_ref().map(|squeeze| &squeeze.gate[..])
-    }
-
     fn residual(&self) -> Option<&[f32]> {
         self.layer.skip.then_some(&self.x[..])
     }
 }
 
 impl Backbone {
-    pub(super) fn new(network: &Network, act: Act, images: usize, training: bool) -> Self {
+    pub(super) fn new(network: &Network, act: Act, context: &mut BuildContext<'_>) -> Self {
+        let (images, training, timeline) = (context.images, context.training, context.timeline);
+        let stem_len = images * network.stem.output.cells() * network.stem.conv.out_channels;
+        let stem_steps = timeline.span(Step::Stem, Step::StemBackward);
         let stem = StemState {
             layer: network.stem,
-            y: AlignedBuf::zeroed(images * network.stem.output.cells() * network.stem.conv.out_channels),
+            y: (context.memory).buffer("backbone: wide activations", stem_len, stem_steps),
             bn: BatchNormState::new(&[network.stem.bn]),
         };
-        let mut blocks: Vec<BlockState> = network
-            .blocks
-            .iter()
-            .map(|block| BlockState::new(block, images, training))
+        let blocks: Vec<BlockState> = (network.blocks.iter().enumerate())
+            .map(|(index, block)| BlockState::new(block, index, context))
             .collect();
-        for block in blocks.iter_mut().skip(1) {
-            block.x = AlignedBuf::zeroed(block.input_rows() * block.in_channels());
-        }
-        let input = |block: &MbConv| images * block.input.cells() * block.depthwise.channels;
-        let output = |block: &MbConv| images * block.output.cells() * block.depthwise.channels;
-        let widest = |size: &dyn Fn(&MbConv) -> usize| network.blocks.iter().map(size).max().unwrap_or(0);
-        let narrow = (blocks
-            .iter()
-            .skip(1)
-            .map(|block| block.x.len())
-            .max()
-            .unwrap_or(0))
-        .max(blocks.iter().map(|block| block.y3.len()).max().unwrap_or(0));
-        let last = blocks.last().map_or(0, |block| block.y3.len());
+        let wide = |size: &dyn Fn(&MbConv) -> usize| {
+            let widest = network.blocks.iter().map(size).max().unwrap_or(0);
+            if training { 0 } else { images * widest }
+        };
+        let wide_lens = [
+            wide(&|block| block.input.cells() * block.depthwise.channels),
+            wide(&|block| block.output.cells() * block.depthwise.channels),
+        ];
+        let last_len = (network.blocks.last())
+            .map_or(0, |last| images * last.output.cells() * last.project.out_channels);
+        let last_steps = timeline.span(Step::BackboneOutput, Step::BlockBackward(timeline.blocks() - 1));
         Self {
             images,
             keeps: training,
@@ -189,12 +220,9 @@ impl Backbone {
             stem,
             blocks,
             levels: network.backbone_levels.clone(),
-            last: AlignedBuf::zeroed(last),
-            wide: [
-                AlignedBuf::zeroed(widest(&input)),
-                AlignedBuf::zeroed(widest(&output)),
-            ],
-            narrow: std::array::from_fn(|_| AlignedBuf::zeroed(if training { narrow } else { 0 })),
+            last: (context.memory).buffer("backbone: narrow activations", last_len, last_steps),
+            wide: wide_lens
+                .map(|len| (context.memory).buffer("backbone: wide activations", len, Lifetime::ALWAYS)),
         }
     }
 
@@ -237,13 +265,26 @@ impl Backbone {
     }
 }
 
+impl Backbone {
+    /// Adds what every convolution needs beside its buffers.
+    pub(super) fn count(&self, estimate: &mut Beside) {
+        for block in &self.blocks {
+            if let Some(expand) = &block.expand {
+                estimate.pointwise(&expand.weights, &block.input_plan());
+            }
+            estimate.pointwise(&block.project, &block.rows);
+            estimate.depthwise(&block.depthwise);
+        }
+    }
+}
+
 /// Forward.
 impl Backbone {
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, pixels: &[f32]) {
-        pass.executor.enter(Stage::Stem);
+        pass.enter(Step::Stem);
         self.stem.forward(pass, self.images, pixels);
         for index in 0..self.blocks.len() {
-            pass.executor.enter(Stage::Block(index));
+            pass.enter(Step::Block(index));
             let (done, rest) = self.blocks.split_at_mut(index);
             let block = &mut rest[0];
             if !self.keeps {
@@ -262,6 +303,7 @@ impl Backbone {
             }
         }
         let Some(block) = self.blocks.last() else { return };
+        pass.enter(Step::BackboneOutput);
         block.materialize_output(pass, &mut self.last);
     }
 }
@@ -510,14 +552,12 @@ impl Backbone {
                 .position(|&level| level == block)
                 .map(|level| level_gradients[level])
         };
-        pass.executor.enter(Stage::Block(last));
-        let [mut above, mut below] = std::mem::take(&mut self.narrow);
-        let len = self.blocks[last].y3.len();
-        match feature_of(last) {
-            Some(feature) => above[..len].copy_from_slice(feature),
-            None => above[..len].fill(0.0),
-        }
+        pass.enter(Step::BlockBackward(last));
         let block = &mut self.blocks[last];
+        match feature_of(last) {
+            Some(feature) => block.output_gradient.copy_from_slice(feature),
+            None => block.output_gradient.fill(0.0),
+        }
         let by_image = block.rows_by_image();
         let mut image_sums = vec![0.0; 2 * self.images * block.layer.project.out_channels];
         elementwise::gradient_sums(
@@ -525,7 +565,7 @@ impl Backbone {
             elementwise::GradientSums {
                 rows: &by_image,
                 channels: block.bn3.channels(),
-                dz: &above[..len],
+                dz: &block.output_gradient,
                 y: &block.y3,
                 sums: &mut image_sums,
             },
@@ -533,22 +573,20 @@ impl Backbone {
         block.take_output_sums(&image_sums);
 
         for index in (0..self.blocks.len()).rev() {
-            pass.executor.enter(Stage::Block(index));
-            let (done, rest) = self.blocks.split_at_mut(index);
-            let block = &mut rest[0];
+            pass.enter(Step::BlockBackward(index));
             let feature = index.checked_sub(1).and_then(feature_of);
-            let io = BlockGradients {
-                output: &above,
-                input: &mut below,
+            let (done, rest) = self.blocks.split_at_mut(index);
+            rest[0].backward(
+                pass,
+                self.act,
+                &mut self.stem,
+                done.last_mut(),
                 feature,
-                wide: &mut self.wide,
-            };
-            block.backward(pass, self.act, &mut self.stem, done.last_mut(), io, gradients);
-            std::mem::swap(&mut above, &mut below);
+                gradients,
+            );
         }
-        self.narrow = [above, below];
-        pass.executor.enter(Stage::Stem);
 
+        pass.enter(Step::StemBackward);
         pass.backward_norm(
             &mut self.stem.bn,
             &[self.images * self.stem.layer.output.cells()],
@@ -560,7 +598,7 @@ impl Backbone {
             stem::BackwardWeights {
                 input: self.stem.input(pass, self.images, pixels),
                 channels: layer.conv.out_channels,
-                dz: &self.wide[0][..y.len()],
+                dz: self.blocks.first().map_or(&[], |first| &first.dz[..]),
                 y,
                 a: ChannelVectors::per_group(&bn.a),
                 b: ChannelVectors::per_group(&bn.b),
@@ -571,31 +609,25 @@ impl Backbone {
     }
 }
 
-/// Buffers of one block's backward pass.
-struct BlockGradients<'a> {
-    /// Gradient by the block's output.
-    output: &'a [f32],
-    /// Gradient by its input, written here.
-    input: &'a mut [f32],
-    /// Further gradient by its input, from the BiFPN.
-    feature: Option<&'a [f32]>,
-    /// dz₁ and dA.
-    wide: &'a mut [AlignedBuf; 2],
+/// Rows whose groups are the images.
+fn by_image(images: usize, rows: usize) -> RowPlan {
+    let segment = |image| Segment {
+        rows,
+        image,
+        group: image,
+    };
+    RowPlan::new(&(0..images).map(segment).collect::<Vec<_>>())
 }
 
 impl BlockState {
     /// Rows whose sums are kept per image, which stochastic depth weighs.
     fn rows_by_image(&self) -> RowPlan {
-        let rows = self.layer.output.cells();
-        RowPlan::new(
-            &(0..self.images)
-                .map(|image| Segment {
-                    rows,
-                    image,
-                    group: image,
-                })
-                .collect::<Vec<_>>(),
-        )
+        by_image(self.images, self.layer.output.cells())
+    }
+
+    /// The same for the input.
+    fn input_plan(&self) -> RowPlan {
+        by_image(self.images, self.layer.input.cells())
     }
 
     /// From Σdx and Σdx·y₃ of each image to those of the batch norm behind the residual branch.
@@ -618,15 +650,13 @@ impl BlockState {
         act: Act,
         stem: &mut StemState,
         previous: Option<&mut BlockState>,
-        io: BlockGradients<'_>,
+        // Further gradient by the block's input, from the BiFPN.
+        feature: Option<&[f32]>,
         gradients: &mut Gradients<'_>,
     ) {
         let (output_rows, input_rows) = (self.output_rows(), self.input_rows());
         let wide = self.layer.depthwise.channels;
-        let [dz_buffer, da_buffer] = io.wide;
-        let da = &mut da_buffer[..output_rows * wide];
-        let dz = &mut dz_buffer[..input_rows * wide];
-        let output_gradient = &io.output[..self.y3.len()];
+        let output_gradient = &self.output_gradient[..];
 
         pass.backward_norm(&mut self.bn3, &[output_rows], gradients);
         let branch_a = self
@@ -655,9 +685,9 @@ impl BlockState {
                     scale: ChannelVectors::per_group(&self.bn2.scale),
                     shift: ChannelVectors::per_group(&self.bn2.shift),
                     act,
-                    gate: self.gate(),
+                    gate: self.squeeze.as_ref().map(|squeeze| &squeeze.gate[..]),
                 },
-                da,
+                da: &mut self.da,
                 sums: &mut sums,
                 streaming: true,
                 weight_gradient: WeightGradient {
@@ -714,7 +744,7 @@ impl BlockState {
                 input,
                 weights: pass.variable(self.layer.depthwise.kernel),
                 output_gradient: depthwise::OutputGradient::Activated {
-                    da,
+                    da: &self.da,
                     y: &self.y2,
                     affine: self.bn2.affine(),
                     act,
@@ -727,7 +757,7 @@ impl BlockState {
                     c: ChannelVectors::per_group(&self.bn2.c),
                 },
                 input_gradient: depthwise::InputGradient {
-                    dz,
+                    dz: &mut self.dz,
                     accumulate: false,
                     sums,
                     streaming: true,
@@ -740,7 +770,8 @@ impl BlockState {
         let residual = self.layer.skip.then_some(output_gradient);
         let by_image = previous.rows_by_image();
         let mut image_sums = vec![0.0; 2 * self.images * previous.bn3.channels()];
-        let dx = &mut io.input[..self.x.len()];
+        let y_below = &previous.y3;
+        let dx = &mut previous.output_gradient[..];
         match &mut self.expand {
             Some(expand) => {
                 pass.backward_norm(&mut expand.bn1, &[input_rows], gradients);
@@ -756,7 +787,7 @@ impl BlockState {
                         rows: &by_image,
                         weights: &expand.weights,
                         output_gradient: OutputGradient::Normalized {
-                            dz,
+                            dz: &self.dz,
                             y: &expand.y1,
                             a: ChannelVectors::per_image(&a),
                             b: ChannelVectors::per_image(&b),
@@ -767,9 +798,9 @@ impl BlockState {
                         input_gradient: Some(InputGradient {
                             dx,
                             accumulate: false,
-                            addends: [residual, io.feature],
+                            addends: [residual, feature],
                             sums: Some(GradientSums {
-                                y: &previous.y3,
+                                y: y_below,
                                 sums: &mut image_sums,
                             }),
                         }),
@@ -782,8 +813,8 @@ impl BlockState {
                 );
             }
             None => {
-                dx.copy_from_slice(dz);
-                for addend in [residual, io.feature].into_iter().flatten() {
+                dx.copy_from_slice(&self.dz);
+                for addend in [residual, feature].into_iter().flatten() {
                     dx.iter_mut().zip(addend).for_each(|(x, a)| *x += a);
                 }
                 let channels = previous.bn3.channels();
@@ -791,7 +822,7 @@ impl BlockState {
                     rows: &by_image,
                     channels,
                     dz: dx,
-                    y: &previous.y3,
+                    y: y_below,
                     sums: &mut image_sums,
                 };
                 elementwise::gradient_sums(pass.executor, args);

@@ -6,7 +6,9 @@ use effdet_model::network::{ChannelMatch, MapSize, Network, Node, Resample, Resi
 use super::backbone::Backbone;
 use super::batch_norm::BatchNormState;
 use super::pass::{Gradients, Pass};
-use crate::arena::AlignedBuf;
+use super::timeline::{Step, Timeline};
+use super::{Beside, BuildContext};
+use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, Affine, Source};
 use crate::kernels::fuse::{self, FuseGradient, FuseInput, FusionWeights};
@@ -16,7 +18,6 @@ use crate::kernels::pointwise::{
 };
 use crate::kernels::resample::{self, Resampler};
 use crate::math::Act;
-use crate::probe::Stage;
 
 /// Where a feature comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +80,9 @@ struct NodeState {
     fused: AlignedBuf,
     depthwise: DepthwisePlan,
     depthwise_output: AlignedBuf,
+    /// Gradients by the outputs of the depthwise half and of the fusion.
+    d_depthwise: AlignedBuf,
+    d_fused: AlignedBuf,
     pointwise: PackedWeights,
     rows: RowPlan,
     /// Index of the feature it makes.
@@ -97,16 +101,28 @@ pub(super) struct Pyramid {
     level_gradients: Vec<Gradient>,
     /// Features of each cell's outputs, finest first.
     cell_outputs: Vec<Vec<usize>>,
-    scratch: [AlignedBuf; 2],
+    last_block: Option<usize>,
 }
 
 impl Feature {
-    fn new(map: MapSize, images: usize, filters: usize, bn: Option<BatchNormState>, training: bool) -> Self {
-        let len = images * map.cells() * filters;
-        let values = AlignedBuf::zeroed(if training { len } else { 0 });
+    /// The feature that step `made` makes; `gradient_from` is the first step that adds to its gradient.
+    fn new(
+        map: MapSize,
+        filters: usize,
+        bn: Option<BatchNormState>,
+        context: &mut BuildContext<'_>,
+        (made, gradient_from, undone): (Step, u32, Step),
+    ) -> Self {
+        let len = context.images * map.cells() * filters;
+        let gradient_steps = Lifetime {
+            first: gradient_from,
+            last: context.timeline.number(undone),
+        };
+        let values = context.gradient("bifpn: gradients", len, gradient_steps);
+        let steps = context.timeline.span(made, undone);
         Self {
             map,
-            raw: AlignedBuf::zeroed(len),
+            raw: context.memory.buffer("bifpn: activations", len, steps),
             bn,
             gradient: Gradient {
                 values,
@@ -121,13 +137,14 @@ impl Feature {
 }
 
 impl InputState {
+    /// The input of what step `made` makes and step `undone` takes back.
     fn new(
         origin: Origin,
         resample: &Resample,
-        images: usize,
         filters: usize,
         rule: UpsampleRule,
-        training: bool,
+        context: &mut BuildContext<'_>,
+        (made, undone): (Step, Step),
     ) -> Self {
         let Resample {
             channel_match,
@@ -135,52 +152,95 @@ impl InputState {
             input,
             output,
         } = *resample;
-        let pooled = matches!(resize, ResizeKind::MaxPool { .. }) && training;
+        let images = context.images;
+        let steps = context.timeline.span(made, undone);
+        let pooled = matches!(resize, ResizeKind::MaxPool { .. });
         Self {
             origin,
             matched: channel_match.map(|layer| {
                 let len = images * input.cells() * filters;
+                let gradient_steps = context.timeline.during(undone);
                 MatchState {
                     weights: PackedWeights::new(layer.conv.in_channels, layer.conv.out_channels),
-                    y: AlignedBuf::zeroed(len),
+                    y: context.memory.buffer("bifpn: activations", len, steps),
                     bn: layer.bn.map(|bn| BatchNormState::new(&[bn])),
-                    gradient: AlignedBuf::zeroed(if training { len } else { 0 }),
+                    gradient: context.gradient("bifpn: gradients", len, gradient_steps),
                     rows: RowPlan::images(images, input.cells()),
                     layer,
                 }
             }),
             resampler: Resampler::new(input, output, resize, rule),
-            argmax: AlignedBuf::zeroed(if pooled {
-                images * output.cells() * filters
-            } else {
-                0
-            }),
+            argmax: context.gradient(
+                "bifpn: activations",
+                if pooled {
+                    images * output.cells() * filters
+                } else {
+                    0
+                },
+                steps,
+            ),
         }
     }
 }
 
+/// The first step of the backward pass that adds to the gradient of each backbone level and feature.
+fn gradient_starts(network: &Network, timeline: Timeline) -> (Vec<u32>, Vec<u32>) {
+    let of_block =
+        |&block: &usize| timeline.number(Step::BlockBackward((block + 1).min(timeline.blocks() - 1)));
+    let mut levels: Vec<u32> = network.backbone_levels.iter().map(of_block).collect();
+    let mut features: Vec<u32> = Vec::new();
+    let mut origins: Vec<Origin> = (0..levels.len()).map(Origin::Backbone).collect();
+    let read = |levels: &mut [u32], features: &mut [u32], origin: Origin, step: Step| {
+        let start = match origin {
+            Origin::Backbone(level) => &mut levels[level],
+            Origin::Feature(feature) => &mut features[feature],
+        };
+        *start = timeline.number(step).min(*start);
+    };
+    for index in 0..network.extra_levels.len() {
+        let step = Step::ExtraLevelBackward(index);
+        read(&mut levels, &mut features, origins[origins.len() - 1], step);
+        origins.push(Origin::Feature(features.len()));
+        features.push(timeline.number(step));
+    }
+    let mut node = 0;
+    for cell in &network.cells {
+        let mut ids = origins.clone();
+        for layer in &cell.nodes {
+            let step = Step::NodeBackward(node);
+            for input in &layer.inputs {
+                read(&mut levels, &mut features, ids[input.feature], step);
+            }
+            ids.push(Origin::Feature(features.len()));
+            features.push(timeline.number(step));
+            node += 1;
+        }
+        origins = cell.outputs.iter().map(|&id| ids[id]).collect();
+    }
+    for origin in origins {
+        read(&mut levels, &mut features, origin, Step::HeadGradient);
+    }
+    (levels, features)
+}
+
 impl Pyramid {
-    pub(super) fn new(network: &Network, act: Act, images: usize, training: bool) -> Self {
+    pub(super) fn new(network: &Network, act: Act, context: &mut BuildContext<'_>) -> Self {
+        let (images, timeline) = (context.images, context.timeline);
         let filters = network.hparams.fpn_num_filters;
         let rule = network.hparams.upsample_rule;
+        let (level_starts, feature_starts) = gradient_starts(network, timeline);
         let mut features = Vec::new();
         let mut origins: Vec<Origin> = (0..network.backbone_levels.len()).map(Origin::Backbone).collect();
         let mut extra = Vec::new();
-        for level in &network.extra_levels {
+        for (index, level) in network.extra_levels.iter().enumerate() {
             let origin = origins[origins.len() - 1];
-            let input = InputState::new(origin, &level.resample, images, filters, rule, training);
-            origins.push(Origin::Feature(features.len()));
-            extra.push(ExtraState {
-                input,
-                output: features.len(),
-            });
-            features.push(Feature::new(
-                level.resample.output,
-                images,
-                filters,
-                None,
-                training,
-            ));
+            let steps = (Step::ExtraLevel(index), Step::ExtraLevelBackward(index));
+            let input = InputState::new(origin, &level.resample, filters, rule, context, steps);
+            let output = features.len();
+            origins.push(Origin::Feature(output));
+            extra.push(ExtraState { input, output });
+            let steps = (steps.0, feature_starts[output], steps.1);
+            features.push(Feature::new(level.resample.output, filters, None, context, steps));
         }
         let mut nodes = Vec::new();
         let mut cell_outputs = Vec::new();
@@ -188,31 +248,33 @@ impl Pyramid {
             let mut ids = origins.clone();
             for layer in &cell.nodes {
                 let output = features.len();
+                let (made, undone) = (Step::Node(nodes.len()), Step::NodeBackward(nodes.len()));
+                let steps = timeline.span(made, undone);
                 let inputs = (layer.inputs.iter())
                     .map(|input| {
-                        InputState::new(
-                            ids[input.feature],
-                            &input.resample,
-                            images,
-                            filters,
-                            rule,
-                            training,
-                        )
+                        let origin = ids[input.feature];
+                        InputState::new(origin, &input.resample, filters, rule, context, (made, undone))
                     })
                     .collect();
-                let cells = layer.map.cells() * images;
+                let len = layer.map.cells() * images * filters;
+                let undone_steps = timeline.during(undone);
+                let mut buffer = |len| context.memory.buffer("bifpn: activations", len, steps);
+                let (fused, depthwise_output) = (buffer(len), buffer(len));
                 nodes.push(NodeState {
                     layer: layer.clone(),
                     inputs,
-                    fused: AlignedBuf::zeroed(cells * filters),
+                    fused,
                     depthwise: DepthwisePlan::new(images, &[layer.map], filters, 3, 1),
-                    depthwise_output: AlignedBuf::zeroed(cells * filters),
+                    depthwise_output,
+                    d_depthwise: context.gradient("bifpn: gradients", len, undone_steps),
+                    d_fused: context.gradient("bifpn: gradients", len, undone_steps),
                     pointwise: PackedWeights::new(filters, filters),
                     rows: RowPlan::images(images, layer.map.cells()),
                     output,
                 });
                 let bn = BatchNormState::new(&[layer.bn]);
-                features.push(Feature::new(layer.map, images, filters, Some(bn), training));
+                let steps = (made, feature_starts[output], undone);
+                features.push(Feature::new(layer.map, filters, Some(bn), context, steps));
                 ids.push(Origin::Feature(output));
             }
             origins = cell.outputs.iter().map(|&id| ids[id]).collect();
@@ -222,17 +284,15 @@ impl Pyramid {
             };
             cell_outputs.push(origins.iter().filter_map(made).collect());
         }
-        let largest = features
-            .iter()
-            .map(|feature| feature.raw.len())
-            .max()
-            .unwrap_or(0);
-        let level_gradients = (network.backbone_levels.iter())
-            .map(|&block| {
+        let level_gradients = (network.backbone_levels.iter().zip(level_starts))
+            .map(|(&block, first)| {
+                let last = timeline.number(Step::BlockBackward((block + 1).min(timeline.blocks() - 1)));
                 let block = &network.blocks[block];
                 let len = images * block.output.cells() * block.project.out_channels;
+                // All levels are handed to the backbone together, before its first step.
+                let first = first.min(timeline.number(Step::BlockBackward(timeline.blocks() - 1)));
                 Gradient {
-                    values: AlignedBuf::zeroed(if training { len } else { 0 }),
+                    values: context.gradient("bifpn: gradients", len, Lifetime { first, last }),
                     written: false,
                 }
             })
@@ -246,7 +306,7 @@ impl Pyramid {
             features,
             level_gradients,
             cell_outputs,
-            scratch: std::array::from_fn(|_| AlignedBuf::zeroed(if training { largest } else { 0 })),
+            last_block: timeline.blocks().checked_sub(1),
         }
     }
 
@@ -267,6 +327,19 @@ impl Pyramid {
         }
         layers.extend(convs);
         pointwise::pack(pass.executor, packing, &mut layers);
+    }
+
+    /// Adds what every convolution needs beside its buffers.
+    pub(super) fn count(&self, estimate: &mut Beside) {
+        let inputs = (self.extra.iter().map(|extra| &extra.input))
+            .chain(self.nodes.iter().flat_map(|node| &node.inputs));
+        for matched in inputs.filter_map(|input| input.matched.as_ref()) {
+            estimate.pointwise(&matched.weights, &matched.rows);
+        }
+        for node in &self.nodes {
+            estimate.pointwise(&node.pointwise, &node.rows);
+            estimate.depthwise(&node.depthwise);
+        }
     }
 
     /// Map, batch-normalised values and level index of extra level `index`, for tracing.
@@ -299,8 +372,8 @@ impl Pyramid {
     }
 
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, backbone: &Backbone) {
-        pass.executor.enter(Stage::Pyramid);
-        for extra in &mut self.extra {
+        for (index, extra) in self.extra.iter_mut().enumerate() {
+            pass.enter(Step::ExtraLevel(index));
             extra.input.forward_match(pass, backbone);
             let mut out = std::mem::take(&mut self.features[extra.output].raw);
             let mut argmax = std::mem::take(&mut extra.input.argmax);
@@ -318,7 +391,8 @@ impl Pyramid {
             extra.input.argmax = argmax;
             self.features[extra.output].raw = out;
         }
-        for node in &mut self.nodes {
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            pass.enter(Step::Node(index));
             node.forward(
                 pass,
                 self.act,
@@ -338,7 +412,7 @@ impl Pyramid {
         output_gradients: &[f32],
         gradients: &mut Gradients<'_>,
     ) {
-        pass.executor.enter(Stage::Pyramid);
+        pass.enter(Step::HeadGradient);
         self.features
             .iter_mut()
             .for_each(|feature| feature.gradient.written = false);
@@ -353,13 +427,13 @@ impl Pyramid {
             gradient.written = true;
             rest = tail;
         }
-        for node in self.nodes.iter_mut().rev() {
+        for (index, node) in self.nodes.iter_mut().enumerate().rev() {
+            pass.enter(Step::NodeBackward(index));
             let context = NodeContext {
                 images: self.images,
                 filters: self.filters,
                 act: self.act,
                 backbone,
-                scratch: &mut self.scratch,
             };
             node.backward(
                 pass,
@@ -369,7 +443,8 @@ impl Pyramid {
                 gradients,
             );
         }
-        for extra in self.extra.iter_mut().rev() {
+        for (index, extra) in self.extra.iter_mut().enumerate().rev() {
+            pass.enter(Step::ExtraLevelBackward(index));
             let dout = std::mem::take(&mut self.features[extra.output].gradient).finished();
             let target = extra
                 .input
@@ -399,7 +474,10 @@ impl Pyramid {
     }
 
     /// Gradients by the backbone's level outputs.
-    pub(super) fn level_gradients(&mut self) -> Vec<&[f32]> {
+    pub(super) fn level_gradients(&mut self, pass: &Pass<'_>) -> Vec<&[f32]> {
+        if let Some(last) = self.last_block {
+            pass.enter(Step::BlockBackward(last));
+        }
         // A level that no consumer read has gradient zero.
         for gradient in self
             .level_gradients
@@ -567,7 +645,6 @@ struct NodeContext<'a> {
     filters: usize,
     act: Act,
     backbone: &'a Backbone,
-    scratch: &'a mut [AlignedBuf; 2],
 }
 
 impl NodeState {
@@ -680,9 +757,7 @@ impl NodeState {
             filters,
             act,
             backbone,
-            scratch,
         } = context;
-        let [d_depthwise, d_fused] = scratch.each_mut().map(|buffer| &mut buffer[..self.fused.len()]);
         let feature = &mut features[self.output];
         let dz = std::mem::take(&mut feature.gradient).finished();
         let Some(bn) = &mut feature.bn else { return };
@@ -712,7 +787,7 @@ impl NodeState {
                 },
                 x: &self.depthwise_output,
                 input_gradient: Some(InputGradient {
-                    dx: d_depthwise,
+                    dx: &mut self.d_depthwise,
                     accumulate: false,
                     addends: [None, None],
                     sums: None,
@@ -738,9 +813,9 @@ impl NodeState {
                     act,
                 },
                 weights: pass.variable(conv.depthwise.kernel),
-                output_gradient: depthwise::OutputGradient::Plain(d_depthwise),
+                output_gradient: depthwise::OutputGradient::Plain(&self.d_depthwise),
                 input_gradient: depthwise::InputGradient {
-                    dz: d_fused,
+                    dz: &mut self.d_fused,
                     accumulate: false,
                     sums: None,
                     streaming: false,
@@ -778,7 +853,7 @@ impl NodeState {
                 images,
                 channels: filters,
                 weights: &weights,
-                df: d_fused,
+                df: &self.d_fused,
                 inputs: &mut inputs,
                 dots: trained.then_some(&mut dots[..]),
             };

@@ -6,6 +6,8 @@ use effdet_model::network::{Head, Level, Network};
 
 use super::batch_norm::BatchNormState;
 use super::pass::{Gradients, Pass};
+use super::timeline::Step;
+use super::{Beside, BuildContext};
 use crate::arena::AlignedBuf;
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, ActivateBackward, Source};
@@ -15,7 +17,6 @@ use crate::kernels::pointwise::{
     RowPlan, WeightGradient,
 };
 use crate::math::Act;
-use crate::probe::Stage;
 
 /// Both heads; they run one after the other and share their buffers.
 #[derive(Debug)]
@@ -33,10 +34,10 @@ pub(super) enum Which {
 }
 
 impl Which {
-    fn stage(self) -> Stage {
+    fn step(self) -> Step {
         match self {
-            Self::Class => Stage::ClassHead,
-            Self::Box => Stage::BoxHead,
+            Self::Class => Step::ClassHead,
+            Self::Box => Step::BoxHead,
         }
     }
 }
@@ -109,7 +110,8 @@ impl HeadState {
 }
 
 impl Heads {
-    pub(super) fn new(network: &Network, act: Act, images: usize, training: bool) -> Self {
+    pub(super) fn new(network: &Network, act: Act, context: &mut BuildContext<'_>) -> Self {
+        let images = context.images;
         let filters = network.hparams.fpn_num_filters;
         let maps: Vec<_> = network.levels.iter().map(|level: &Level| level.map).collect();
         let cells: Vec<usize> = maps.iter().map(|map| map.cells()).collect();
@@ -119,8 +121,14 @@ impl Heads {
         let class = HeadState::new(&network.class_head);
         let boxes = HeadState::new(&network.box_head);
         let residual = network.hparams.survival_prob.map(|p| p as f32);
-        let several =
-            |count: usize, len: usize| (0..count).map(|_| AlignedBuf::zeroed(len)).collect::<Vec<_>>();
+        let steps = context.timeline.span(Step::ClassHead, Step::BoxHead);
+        let mut several = |owner, count: usize, len: usize| -> Vec<AlignedBuf> {
+            (0..count)
+                .map(|_| context.memory.buffer(owner, len, steps))
+                .collect()
+        };
+        let finished = if residual.is_some() { repeats } else { 0 };
+        let outputs_len = rows.rows() * class.stride.max(boxes.stride);
         let buffers = Buffers {
             images,
             backbone_layers: network.blocks.len() as u64,
@@ -128,12 +136,12 @@ impl Heads {
             residual,
             depthwise: DepthwisePlan::new(images, &maps, filters, 3, 1),
             // Without a backward pass one buffer of each kind would do; rows are few, so all layers keep theirs.
-            depthwise_outputs: several(repeats + 1, len),
-            y: several(repeats, len),
-            x: several(if residual.is_some() { repeats } else { 0 }, len),
-            outputs: AlignedBuf::zeroed(rows.rows() * class.stride.max(boxes.stride)),
-            scratch: [training, training, training && residual.is_some()]
-                .map(|used| AlignedBuf::zeroed(if used { len } else { 0 })),
+            depthwise_outputs: several("heads: activations", repeats + 1, len),
+            y: several("heads: activations", repeats, len),
+            x: several("heads: activations", finished, len),
+            outputs: context.memory.buffer("heads: outputs", outputs_len, steps),
+            scratch: [true, true, residual.is_some()]
+                .map(|used| context.gradient("heads: gradients", if used { len } else { 0 }, steps)),
             cells,
             rows,
         };
@@ -144,12 +152,21 @@ impl Heads {
         }
     }
 
+    /// Adds what every convolution needs beside its buffers.
+    pub(super) fn count(&self, estimate: &mut Beside) {
+        for head in [&self.class, &self.boxes] {
+            for layer in &head.layers {
+                estimate.pointwise(&layer.weights, &self.buffers.rows);
+            }
+            estimate.pointwise(&head.predict, &self.buffers.rows);
+        }
+        estimate.depthwise(&self.buffers.depthwise);
+    }
+
     /// Values of a head's input: `[level][image][cell][F]`.
-    pub(super) fn input_len(&self) -> usize {
-        self.buffers
-            .depthwise_outputs
-            .last()
-            .map_or(0, |buffer| buffer.len())
+    pub(super) fn input_len(network: &Network, images: usize) -> usize {
+        let cells: usize = network.levels.iter().map(|level| level.map.cells()).sum();
+        images * cells * network.hparams.fpn_num_filters
     }
 
     pub(super) fn pack(&mut self, pass: &Pass<'_>, packing: Packing) {
@@ -168,7 +185,7 @@ impl Heads {
 
     /// Runs a head; its outputs stay in [`Self::outputs`] until the next head runs.
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, which: Which, input: &[f32]) {
-        pass.executor.enter(which.stage());
+        pass.enter(which.step());
         let (head, buffers) = self.split(which);
         let of_a_head = (buffers.cells.len() * head.layers.len()) as u64;
         let first_number = buffers.backbone_layers + if which == Which::Box { of_a_head } else { 0 };
@@ -185,7 +202,7 @@ impl Heads {
         accumulate: bool,
         gradients: &mut Gradients<'_>,
     ) {
-        pass.executor.enter(which.stage());
+        pass.enter(which.step());
         let (head, buffers) = self.split(which);
         buffers.backward(pass, head, input, input_gradient, accumulate, gradients);
     }

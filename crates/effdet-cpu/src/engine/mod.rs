@@ -8,6 +8,7 @@ mod batch_norm;
 mod bifpn;
 mod heads;
 mod pass;
+mod timeline;
 
 use std::sync::Arc;
 
@@ -26,13 +27,16 @@ use effdet_model::weights::Weights;
 use self::backbone::Backbone;
 use self::bifpn::Pyramid;
 use self::heads::{Heads, Which};
-use self::pass::{Gradients, Pass, Statistics};
-use crate::arena::AlignedBuf;
+use self::pass::{Clock, Gradients, Pass, Statistics};
+use self::timeline::{Step, Timeline};
+use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::Executor;
+use crate::kernels::depthwise::DepthwisePlan;
 use crate::kernels::loss::{self, Focal, HeadRows, Huber};
-use crate::kernels::pointwise::Packing;
+use crate::kernels::pointwise::{PackedWeights, Packing, RowPlan};
 use crate::kernels::stem::Normalize;
 use crate::math::Act;
+use crate::memory::{Memory, OwnedBytes};
 use crate::probe::{Probe, Stage};
 use crate::simd::Isa;
 use crate::stochastic_depth::DrawKeys;
@@ -69,20 +73,103 @@ struct Layers {
     /// Input of the heads and the gradient by it, `[level][image][cell][F]`.
     head_input: AlignedBuf,
     head_gradient: AlignedBuf,
+    clock: Clock,
+}
+
+/// Memory of a training step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryEstimate {
+    /// Activations and their gradients by what they are for; they share memory where their lifetimes allow.
+    pub buffers: Vec<OwnedBytes>,
+    /// Bytes of all buffers together.
+    pub buffer_bytes: usize,
+    /// Bytes of the weights as the kernels read them.
+    pub packed_weight_bytes: usize,
+    /// Bytes of the partial weight gradients.
+    pub partial_bytes: usize,
+}
+
+impl MemoryEstimate {
+    /// Bytes of everything.
+    pub fn total_bytes(&self) -> usize {
+        self.buffer_bytes + self.packed_weight_bytes + self.partial_bytes
+    }
+}
+
+/// What convolutions need beside their buffers.
+#[derive(Debug, Default)]
+struct Beside {
+    packed_weight_bytes: usize,
+    partial_bytes: usize,
+}
+
+impl Beside {
+    fn pointwise(&mut self, weights: &PackedWeights, rows: &RowPlan) {
+        self.packed_weight_bytes += weights.bytes();
+        self.partial_bytes = self.partial_bytes.max(weights.partial_bytes(rows));
+    }
+
+    fn depthwise(&mut self, plan: &DepthwisePlan) {
+        self.partial_bytes = self.partial_bytes.max(plan.partial_bytes());
+    }
+}
+
+/// What layers are built from and with.
+struct BuildContext<'a> {
+    images: usize,
+    training: bool,
+    timeline: Timeline,
+    memory: &'a mut Memory,
+}
+
+impl BuildContext<'_> {
+    /// A buffer that only training needs.
+    fn gradient(&mut self, owner: &'static str, len: usize, lifetime: Lifetime) -> AlignedBuf {
+        self.memory
+            .buffer(owner, if self.training { len } else { 0 }, lifetime)
+    }
 }
 
 impl Layers {
     fn new(network: &Network, images: usize, training: bool) -> Self {
+        let (_, memory) = Self::plan(network, images, training);
+        let mut memory = memory.allocate();
+        Self::build(network, images, training, &mut memory)
+    }
+
+    /// Layers without memory, and what they ask for.
+    fn plan(network: &Network, images: usize, training: bool) -> (Self, Memory) {
+        let mut memory = Memory::plan(training);
+        (Self::build(network, images, training, &mut memory), memory)
+    }
+
+    fn build(network: &Network, images: usize, training: bool, memory: &mut Memory) -> Self {
         let act = act_of(network.hparams.act_type);
-        let heads = Heads::new(network, act, images, training);
-        let len = heads.input_len();
+        let timeline = Timeline::new(network);
+        let len = Heads::input_len(network, images);
+        let clock = Clock::new(timeline, memory.region());
+        let mut context = BuildContext {
+            images,
+            training,
+            timeline,
+            memory,
+        };
         Self {
             images,
-            backbone: Backbone::new(network, act, images, training),
-            pyramid: Pyramid::new(network, act, images, training),
-            head_input: AlignedBuf::zeroed(len),
-            head_gradient: AlignedBuf::zeroed(if training { len } else { 0 }),
-            heads,
+            backbone: Backbone::new(network, act, &mut context),
+            pyramid: Pyramid::new(network, act, &mut context),
+            heads: Heads::new(network, act, &mut context),
+            head_input: (context.memory).buffer(
+                "heads: activations",
+                len,
+                timeline.span(Step::HeadInput, Step::BoxHead),
+            ),
+            head_gradient: context.gradient(
+                "heads: gradients",
+                len,
+                timeline.span(Step::ClassHead, Step::HeadGradient),
+            ),
+            clock,
         }
     }
 
@@ -160,6 +247,25 @@ impl CpuEngine {
     /// Threads in use.
     pub fn threads(&self) -> usize {
         self.executor.pool().threads()
+    }
+
+    /// The memory that training on batches of `images` images takes, without taking it.
+    ///
+    /// Left out are the threads' scratch memory and vectors over channels, some megabytes, and what belongs to the caller:
+    /// weights, gradients and the batch.
+    pub fn training_memory(&self, images: usize) -> MemoryEstimate {
+        let (layers, mut memory) = Layers::plan(&self.network, images, true);
+        let mut beside = Beside::default();
+        layers.backbone.count(&mut beside);
+        layers.pyramid.count(&mut beside);
+        layers.heads.count(&mut beside);
+        let buffer_bytes = memory.place();
+        MemoryEstimate {
+            buffers: memory.by_owner(),
+            buffer_bytes,
+            packed_weight_bytes: beside.packed_weight_bytes,
+            partial_bytes: beside.partial_bytes,
+        }
     }
 
     fn normalize_input(&self) -> Option<Normalize> {
@@ -340,6 +446,7 @@ impl Engine for CpuEngine {
 
         let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
         let layers = layers_for(&mut self.training, &self.network, images, true);
+        let clock = layers.clock.clone();
         let mut pass = Pass {
             executor: &self.executor,
             table: &self.network.variables,
@@ -353,6 +460,7 @@ impl Engine for CpuEngine {
                 epoch: options.epoch,
                 images: batch.draw_keys,
             }),
+            clock: &clock,
         };
         layers.forward(&mut pass, batch.images.pixels, Packing::ForwardAndBackward);
         let Layers {
@@ -364,6 +472,7 @@ impl Engine for CpuEngine {
             ..
         } = layers;
         let last_cell = self.network.cells.len() - 1;
+        pass.enter(Step::HeadInput);
         pyramid.write_outputs(&pass, last_cell, head_input);
 
         let mut gradients = Gradients {
@@ -420,7 +529,7 @@ impl Engine for CpuEngine {
         backbone.backward(
             &pass,
             batch.images.pixels,
-            &pyramid.level_gradients(),
+            &pyramid.level_gradients(&pass),
             &mut gradients,
         );
         let det_loss =
@@ -497,6 +606,7 @@ impl CpuEngine {
         // Batch statistics are made in training passes only, and a trace leaves the caller's alone.
         let mut moved = weights.statistics.clone();
         let layers = layers_for(&mut self.inference, &self.network, images.batch, false);
+        let clock = layers.clock.clone();
         let mut pass = Pass {
             executor: &self.executor,
             table: &self.network.variables,
@@ -509,6 +619,7 @@ impl CpuEngine {
             normalize_input,
             fusion,
             draws: None,
+            clock: &clock,
         };
         layers.forward(&mut pass, images.pixels, Packing::Forward);
         let Layers {
@@ -519,6 +630,7 @@ impl CpuEngine {
             ..
         } = layers;
         visit(&mut Computed::Body(backbone, pyramid, &pass));
+        pass.enter(Step::HeadInput);
         pyramid.write_outputs(&pass, self.network.cells.len() - 1, head_input);
         for which in [Which::Class, Which::Box] {
             heads.forward(&mut pass, which, head_input);
@@ -591,3 +703,6 @@ fn emit(network: &Network, batch: usize, stage: &mut Computed<'_, '_>, sink: &mu
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

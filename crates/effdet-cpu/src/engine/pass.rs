@@ -1,10 +1,14 @@
 //! What the layers of one forward or backward pass share.
 
+use std::sync::Arc;
+
 use effdet_model::engine::Mode;
 use effdet_model::hparams::FusionMethod;
 use effdet_model::network::{Conv, VariableId, VariableTable};
 
 use super::batch_norm::BatchNormState;
+use super::timeline::{Step, Timeline};
+use crate::arena::Region;
 use crate::kernels::Executor;
 use crate::kernels::stem::Normalize;
 use crate::stochastic_depth::DrawKeys;
@@ -23,6 +27,26 @@ pub(super) struct Pass<'a> {
     /// BiFPN fusion, and whether its weights go through a ReLU.
     pub fusion: (FusionMethod, bool),
     pub draws: Option<DrawKeys<'a>>,
+    pub clock: &'a Clock,
+}
+
+/// Tells the buffers which step is at hand.
+#[derive(Debug, Clone)]
+pub(super) struct Clock {
+    timeline: Timeline,
+    region: Arc<Region>,
+}
+
+impl Clock {
+    pub(super) fn new(timeline: Timeline, region: Arc<Region>) -> Self {
+        Self { timeline, region }
+    }
+
+    /// Bytes of the buffers.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.region.bytes()
+    }
 }
 
 /// The moving statistics.
@@ -35,6 +59,12 @@ pub(super) enum Statistics<'a> {
 impl<'a> Pass<'a> {
     pub(super) fn training(&self) -> bool {
         self.mode == Mode::Train
+    }
+
+    /// Goes on to a step.
+    pub(super) fn enter(&self, step: Step) {
+        self.executor.enter(self.clock.timeline.stage(step));
+        self.clock.region.enter(self.clock.timeline.number(step));
     }
 
     /// Values of a trainable variable.

@@ -107,6 +107,12 @@ impl Executor {
         }
     }
 
+    /// Bytes of the partial results that are kept.
+    #[cfg(test)]
+    pub(crate) fn workspace_bytes(&self) -> usize {
+        self.workspace().floats.len() * size_of::<f32>()
+    }
+
     /// The instruction set, available on this processor.
     pub fn isa(&self) -> Isa {
         self.isa

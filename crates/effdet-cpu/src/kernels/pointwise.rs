@@ -78,6 +78,20 @@ impl PackedWeights {
         self.outputs
     }
 
+    /// Bytes that the weights take once packed for both passes.
+    pub(crate) fn bytes(&self) -> usize {
+        let values =
+            gemm::packed_len(self.inputs, self.outputs) + gemm::packed_len(self.outputs, self.inputs);
+        values * size_of::<f32>()
+    }
+
+    /// Bytes of the partial weight gradients of a backward pass.
+    pub(crate) fn partial_bytes(&self, rows: &RowPlan) -> usize {
+        let partials =
+            weight_tasks(rows, self.inputs, self.outputs).len() * partial_stride(self.inputs, self.outputs);
+        partials * size_of::<f32>()
+    }
+
     fn check_forward(&self) {
         assert!(
             self.forward.len() >= gemm::packed_len(self.inputs, self.outputs),
@@ -1049,6 +1063,17 @@ impl OutputGradient<'_> {
     }
 }
 
+/// The tasks of a backward pass.
+fn weight_tasks(plan: &RowPlan, inputs: usize, outputs: usize) -> Vec<RowTask> {
+    let (fewest, most) = BACKWARD_TASKS;
+    plan.tasks((PARTIAL_VALUES / (inputs * padded(outputs)).max(1)).clamp(fewest, most))
+}
+
+/// Values from one partial weight gradient to the next.
+fn partial_stride(inputs: usize, outputs: usize) -> usize {
+    Bump::room(inputs * padded(outputs))
+}
+
 /// The partial weight gradients of a backward pass, one per task, and where their sum goes.
 struct WeightPartials<'a> {
     tasks: Vec<RowTask>,
@@ -1063,10 +1088,8 @@ impl<'a> WeightPartials<'a> {
         if let Some(db) = &target.db {
             check("db", db.len(), outputs);
         }
-        let (fewest, most) = BACKWARD_TASKS;
-        let limit = (PARTIAL_VALUES / (inputs * padded(outputs)).max(1)).clamp(fewest, most);
         Self {
-            tasks: plan.tasks(limit),
+            tasks: weight_tasks(plan, inputs, outputs),
             inputs,
             outputs,
             target,
@@ -1075,7 +1098,7 @@ impl<'a> WeightPartials<'a> {
 
     /// Values from one partial gradient to the next.
     fn stride(&self) -> usize {
-        Bump::room(self.inputs * padded(self.outputs))
+        partial_stride(self.inputs, self.outputs)
     }
 
     /// Values of all partial gradients.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use effdet_cpu::engine::MemoryEstimate;
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
 use effdet_model::engine::{Engine, HeadOutputs, ImageBatch, StepOptions, Targets, TrainBatch};
@@ -43,6 +44,15 @@ pub fn run(command: &BenchCommand) -> Result<()> {
         BenchCommand::Infer(_) => time_inference(&mut engine, &network, &batch, options)?,
     };
     let foreign_cores = load.cores();
+    let memory = match command {
+        BenchCommand::Train(_) => Some(engine.training_memory(options.batch_size)),
+        BenchCommand::Infer(_) => None,
+    };
+    // Weights, gradients, momentum and averages, and the batch, belong to the training loop.
+    let values = network.variables.trainable_len();
+    let beside_bytes = 4 * (4 * values + batch.pixels.len() + 5 * batch.class_targets.len());
+    let predicted_mib =
+        (memory.as_ref()).map(|memory| (memory.total_bytes() + beside_bytes) as f64 / f64::from(1 << 20));
 
     let mut sorted = times_s.clone();
     sorted.sort_by(f64::total_cmp);
@@ -54,7 +64,7 @@ pub fn run(command: &BenchCommand) -> Result<()> {
             "bench": kind, "model": network.hparams.name, "image_size": network.hparams.image_size,
             "batch": options.batch_size, "threads": threads, "isa": isa.to_string(), "cpu": cpu_name(),
             "img_s": img_s, "latency_ms": 1e3 * p50, "latency_p90_ms": 1e3 * p90, "times_s": times_s,
-            "peak_rss_mb": peak_rss_mib(), "foreign_cores": foreign_cores,
+            "peak_rss_mb": peak_rss_mib(), "predicted_mb": predicted_mib, "foreign_cores": foreign_cores,
         });
         writeln!(out, "{report}")?;
         return Ok(());
@@ -76,13 +86,41 @@ pub fn run(command: &BenchCommand) -> Result<()> {
         sorted.len()
     )?;
     if let Some(mib) = peak_rss_mib() {
-        writeln!(out, "  peak memory {mib:.0} MiB")?;
+        let predicted = predicted_mib.map_or_else(String::new, |mib| format!(", {mib:.0} MiB predicted"));
+        writeln!(out, "  peak memory {mib:.0} MiB{predicted}")?;
+    }
+    if let Some(memory) = &memory {
+        write_memory(&mut out, memory, beside_bytes)?;
     }
     if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
         writeln!(
             out,
             "  other processes kept {cores:.1} processors busy: measure again on an idle machine"
         )?;
+    }
+    Ok(())
+}
+
+/// The table of the engine's buffers by owner.
+fn write_memory(out: &mut impl Write, memory: &MemoryEstimate, beside_bytes: usize) -> Result<()> {
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+    writeln!(out, "  {:<32} {:>10} {:>10}", "memory, MiB", "all", "at peak")?;
+    for owned in &memory.buffers {
+        writeln!(
+            out,
+            "    {:<30} {:>10.1} {:>10.1}",
+            owned.owner,
+            mib(owned.bytes),
+            mib(owned.at_peak)
+        )?;
+    }
+    for (name, bytes) in [
+        ("activations and gradients", memory.buffer_bytes),
+        ("packed weights", memory.packed_weight_bytes),
+        ("partial weight gradients", memory.partial_bytes),
+        ("parameters and batch", beside_bytes),
+    ] {
+        writeln!(out, "    {name:<30} {:>21.1}", mib(bytes))?;
     }
     Ok(())
 }

@@ -481,7 +481,7 @@ fn backward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Ba
     let streaming = streaming && !accumulate && rows_are_aligned(dz, channels);
     let (with_sums, dz) = (sums.is_some(), SharedPtr::new(dz));
     let most_channels = plan.most_lane_groups() * LANE_GROUP;
-    let dw_stride = K * K * most_channels;
+    let dw_stride = plan.partial_stride();
     let mut workspace = executor.workspace();
     let tasks = plan.input_tasks.len();
     let (partials, totals) = workspace.both(tasks * dw_stride, tasks * 2 * most_channels);

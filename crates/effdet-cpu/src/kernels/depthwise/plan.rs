@@ -136,6 +136,16 @@ impl DepthwisePlan {
         self.output_rows
     }
 
+    /// Values of one task's partial weight gradient.
+    pub(super) fn partial_stride(&self) -> usize {
+        self.kernel_size * self.kernel_size * self.most_lane_groups() * LANE_GROUP
+    }
+
+    /// Bytes of the partial weight gradients of a backward pass.
+    pub(crate) fn partial_bytes(&self) -> usize {
+        self.input_tasks.len() * self.partial_stride() * size_of::<f32>()
+    }
+
     /// The most lane groups that a task of either pass has.
     pub(super) fn most_lane_groups(&self) -> usize {
         let tasks = self.output_tasks.iter().chain(&self.input_tasks);
