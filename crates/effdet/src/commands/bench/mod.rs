@@ -1,28 +1,27 @@
 //! `effdet bench`.
 
+mod random_batch;
+mod stages;
+
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use effdet_cpu::engine::MemoryEstimate;
-use effdet_model::anchors::{AnchorConfig, Anchors};
-use effdet_model::assign::Assigner;
-use effdet_model::engine::{Engine, HeadOutputs, ImageBatch, StepOptions, Targets, TrainBatch};
-use effdet_model::loss::normalizer;
+use effdet_cpu::engine::{CpuEngine, MemoryEstimate};
+use effdet_cpu::probe::Probe;
+use effdet_model::engine::{Engine, HeadOutputs, StepOptions};
 use effdet_model::network::Network;
-use effdet_model::rng::{Draws, Purpose};
 use effdet_model::weights::Weights;
 use effdet_train::optimizer::Optimizer;
 use serde_json::json;
 
+use self::random_batch::RandomBatch;
+use self::stages::StageClock;
 use super::engine::cpu_engine;
 use super::host::{ForeignLoad, cpu_name, peak_rss_mib};
 use super::model::resolve_hparams;
 use crate::cli::{BenchCommand, BenchOptions};
-
-/// Objects per image of the batch that training is timed on, about COCO's mean.
-const OBJECTS_PER_IMAGE: usize = 8;
 
 /// Times training steps or inference on a fixed random batch and prints the distribution.
 pub fn run(command: &BenchCommand) -> Result<()> {
@@ -39,9 +38,10 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     let (isa, threads) = (engine.isa(), engine.threads());
     let batch = RandomBatch::new(&network, options.batch_size)?;
     let load = ForeignLoad::start();
+    let clock = Arc::new(StageClock::new());
     let times_s = match command {
-        BenchCommand::Train(_) => time_training(&mut engine, &network, &batch, options)?,
-        BenchCommand::Infer(_) => time_inference(&mut engine, &network, &batch, options)?,
+        BenchCommand::Train(_) => time_training(&mut engine, &network, &batch, options, &clock)?,
+        BenchCommand::Infer(_) => time_inference(&mut engine, &network, &batch, options, &clock)?,
     };
     let foreign_cores = load.cores();
     let memory = match command {
@@ -50,9 +50,10 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     };
     // Weights, gradients, momentum and averages, and the batch, belong to the training loop.
     let values = network.variables.trainable_len();
-    let beside_bytes = 4 * (4 * values + batch.pixels.len() + 5 * batch.class_targets.len());
+    let beside_bytes = 4 * 4 * values + batch.bytes();
     let predicted_mib =
         (memory.as_ref()).map(|memory| (memory.total_bytes() + beside_bytes) as f64 / f64::from(1 << 20));
+    let table = clock.table(options.batch_size);
 
     let mut sorted = times_s.clone();
     sorted.sort_by(f64::total_cmp);
@@ -60,12 +61,13 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     let img_s = options.batch_size as f64 / p50;
     let mut out = std::io::stdout().lock();
     if options.json {
-        let report = json!({
+        let mut report = json!({
             "bench": kind, "model": network.hparams.name, "image_size": network.hparams.image_size,
             "batch": options.batch_size, "threads": threads, "isa": isa.to_string(), "cpu": cpu_name(),
             "img_s": img_s, "latency_ms": 1e3 * p50, "latency_p90_ms": 1e3 * p90, "times_s": times_s,
             "peak_rss_mb": peak_rss_mib(), "predicted_mb": predicted_mib, "foreign_cores": foreign_cores,
         });
+        report["stages"] = table.json();
         writeln!(out, "{report}")?;
         return Ok(());
     }
@@ -92,6 +94,7 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     if let Some(memory) = &memory {
         write_memory(&mut out, memory, beside_bytes)?;
     }
+    table.print(&mut out, None)?;
     if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
         writeln!(
             out,
@@ -131,95 +134,19 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-/// A batch of noise with boxes of every size.
-struct RandomBatch {
-    pixels: Vec<f32>,
-    class_targets: Vec<i32>,
-    box_targets: Vec<f32>,
-    positives: usize,
-    draw_keys: Vec<u64>,
-    height: usize,
-    width: usize,
-}
-
-impl RandomBatch {
-    fn new(network: &Network, images: usize) -> Result<Self> {
-        let hparams = &network.hparams;
-        let (height, width) = (hparams.image_size.height, hparams.image_size.width);
-        let anchors = Anchors::new(&AnchorConfig::from(hparams))?;
-        let assigner = Assigner::new(&anchors);
-        let mut batch = Self {
-            pixels: Vec::with_capacity(images * height * width * 3),
-            class_targets: vec![0; images * anchors.len()],
-            box_targets: vec![0.0; images * anchors.len() * 4],
-            positives: 0,
-            draw_keys: (0..images as u64).collect(),
-            height,
-            width,
-        };
-        for image in 0..images {
-            let mut draws = Draws::new(0, Purpose::Synthetic, 0, image as u64);
-            (batch.pixels).extend((0..height * width * 3).map(|_| draws.normal() as f32));
-            let mut side = |extent: usize| {
-                let extent = extent as f32;
-                let length = extent * draws.range(0.05, 0.6);
-                let start = (extent - length) * draws.uniform();
-                (start, start + length)
-            };
-            let boxes: Vec<[f32; 4]> = (0..OBJECTS_PER_IMAGE)
-                .map(|_| {
-                    let ((top, bottom), (left, right)) = (side(height), side(width));
-                    [top, left, bottom, right]
-                })
-                .collect();
-            let classes: Vec<i32> = (0..OBJECTS_PER_IMAGE)
-                .map(|object| (object % hparams.num_classes) as i32)
-                .collect();
-            let rows = image * anchors.len()..(image + 1) * anchors.len();
-            batch.positives += assigner.assign(
-                &boxes,
-                &classes,
-                &mut batch.class_targets[rows.clone()],
-                &mut batch.box_targets[rows.start * 4..rows.end * 4],
-            );
-        }
-        Ok(batch)
-    }
-
-    fn images(&self) -> ImageBatch<'_> {
-        ImageBatch {
-            pixels: &self.pixels,
-            batch: self.draw_keys.len(),
-            height: self.height,
-            width: self.width,
-        }
-    }
-
-    fn training(&self) -> TrainBatch<'_> {
-        TrainBatch {
-            images: self.images(),
-            targets: Targets {
-                class_targets: &self.class_targets,
-                box_targets: &self.box_targets,
-                normalizer: normalizer(self.positives),
-            },
-            draw_keys: &self.draw_keys,
-        }
-    }
-}
-
 fn time_training(
-    engine: &mut dyn Engine,
+    engine: &mut CpuEngine,
     network: &Network,
     batch: &RandomBatch,
     options: &BenchOptions,
+    clock: &Arc<StageClock>,
 ) -> Result<Vec<f64>> {
     let mut weights = Weights::init(&network.variables, 0);
     let mut average = Weights::zeros(&network.variables);
     let mut optimizer = Optimizer::new(&network.hparams, &network.variables)?;
     let mut gradients = vec![0.0; weights.trainable.len()];
     let mut step = 0;
-    time_steps(options, || {
+    time_steps(engine, options, clock, |engine| {
         engine.train_step(
             &mut weights,
             &batch.training(),
@@ -240,30 +167,40 @@ fn time_training(
 }
 
 fn time_inference(
-    engine: &mut dyn Engine,
+    engine: &mut CpuEngine,
     network: &Network,
     batch: &RandomBatch,
     options: &BenchOptions,
+    clock: &Arc<StageClock>,
 ) -> Result<Vec<f64>> {
     let weights = Weights::init(&network.variables, 0);
     let mut outputs = HeadOutputs::default();
-    time_steps(options, || {
+    time_steps(engine, options, clock, |engine| {
         Ok(engine.infer(&weights, &batch.images(), &mut outputs)?)
     })
 }
 
-/// Seconds of each counted step.
-fn time_steps(options: &BenchOptions, mut step: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+/// Seconds of each counted step, whose stages `clock` follows.
+fn time_steps(
+    engine: &mut CpuEngine,
+    options: &BenchOptions,
+    clock: &Arc<StageClock>,
+    mut step: impl FnMut(&mut CpuEngine) -> Result<()>,
+) -> Result<Vec<f64>> {
     for _ in 0..options.warmup {
-        step()?;
+        step(engine)?;
     }
-    (0..options.steps)
-        .map(|_| {
-            let clock = Instant::now();
-            step()?;
-            Ok(clock.elapsed().as_secs_f64())
-        })
-        .collect()
+    engine.listen(Some(Arc::clone(clock) as Arc<dyn Probe>));
+    let mut times_s = Vec::with_capacity(options.steps);
+    for _ in 0..options.steps {
+        let begin = Instant::now();
+        clock.start_step();
+        step(engine)?;
+        clock.end_step();
+        times_s.push(begin.elapsed().as_secs_f64());
+    }
+    engine.listen(None);
+    Ok(times_s)
 }
 
 #[cfg(test)]
