@@ -1,76 +1,78 @@
-//! Any data set to a COCO folder; to records, see [`tfrecord::write`](crate::tfrecord::write).
+//! Any data set to a COCO, VOC or YOLO folder; to records, see [`tfrecord::write`](crate::tfrecord::write).
 
-use std::collections::HashSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::coco::{self, confined_join};
+use crate::coco::{self, read_categories};
+use crate::confine::confined_join;
 use crate::dataset::{DetectionDataset, Example};
-use crate::decode::probe;
 use crate::error::{DataError, Result};
+use crate::folder::{ImageCopier, Written};
+
+/// How a folder is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvertOptions {
+    /// Largest encoded image in bytes.
+    pub max_encoded_bytes: u64,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            max_encoded_bytes: 256 << 20,
+        }
+    }
+}
 
 /// What was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CocoFolder {
-    /// Annotations.
-    pub json: PathBuf,
-    /// Folder of the images.
-    pub images: PathBuf,
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Converted {
+    /// Images.
+    pub images: usize,
+    /// Objects in the format's own files.
+    pub objects: usize,
+    /// Crowds, which VOC and YOLO cannot hold; they are in the sidecar.
+    pub crowds: usize,
+    /// Files and folders, the annotations first.
+    pub places: Vec<PathBuf>,
+}
+
+impl Converted {
+    pub(crate) fn count(&mut self, example: &Example) {
+        let crowds = example.objects.iter().filter(|object| object.is_crowd).count();
+        self.images += 1;
+        self.objects += example.objects.len() - crowds;
+        self.crowds += crowds;
+    }
 }
 
 /// Writes `<folder>/annotations/instances_<split>.json` and the images, byte for byte, to `<folder>/<split>/`.
 ///
-/// The annotations are written last. `progress` is called after every image.
+/// The annotations are written last; after an error nothing of this split is left. `progress` is called after every image.
 ///
 /// # Errors
 /// A file name that leaves the folder, occurs twice, or is there already; an image that cannot be read or has another size than
 /// annotated; [`DataError::Io`].
-pub fn to_coco_folder(
+pub fn coco_folder(
     dataset: &DetectionDataset,
     folder: &Path,
     split: &str,
-    max_encoded_bytes: u64,
+    options: &ConvertOptions,
     progress: &mut dyn FnMut(),
-) -> Result<CocoFolder> {
+) -> Result<Converted> {
     let images = confined_join(folder, split, folder)?;
     let json = folder.join("annotations").join(format!("instances_{split}.json"));
-    if json.exists() {
-        return Err(DataError::Caller {
-            what: format!(
-                "{} is there already: choose another folder or split",
-                json.display()
-            ),
-        });
-    }
-    let mut taken = HashSet::with_capacity(dataset.examples.len());
+    refuse_existing(&json)?;
+    let mut copier = ImageCopier::new(&images, options.max_encoded_bytes);
+    let mut written = Written::default();
+    let mut converted = Converted::default();
     let mut examples = Vec::with_capacity(dataset.examples.len());
     for example in &dataset.examples {
-        let encoded = example.source.read_bytes(max_encoded_bytes)?;
-        let probed = probe(&encoded).map_err(|reason| DataError::Image {
-            file: example.file_name.clone(),
-            reason,
-        })?;
-        let (decoded, annotated) = ((probed.width, probed.height), (example.width, example.height));
-        if annotated.0 != 0 && annotated.1 != 0 && annotated != decoded {
-            return Err(DataError::SizeMismatch {
-                file: example.file_name.clone(),
-                decoded,
-                annotated,
-            });
-        }
-        let file = confined_join(&images, &example.file_name, &json)?;
-        if !taken.insert(file.clone()) || file.exists() {
-            return Err(DataError::Caller {
-                what: format!(
-                    "{} is there already: choose an empty folder, or rename images that share a name",
-                    file.display()
-                ),
-            });
-        }
-        write_file(&file, &encoded)?;
+        let copied = copier.copy(example, &json, &mut written)?;
+        converted.count(example);
         examples.push(Example {
-            width: decoded.0,
-            height: decoded.1,
+            file_name: copied.file_name,
+            width: copied.width,
+            height: copied.height,
             ..example.clone()
         });
         progress();
@@ -81,16 +83,38 @@ pub fn to_coco_folder(
         categories: dataset.categories.clone(),
     };
     coco::write(&dataset, &json)?;
-    Ok(CocoFolder { json, images })
+    written.keep();
+    // JSON says which objects are crowds.
+    converted.objects += std::mem::take(&mut converted.crowds);
+    converted.places = vec![json, images];
+    Ok(converted)
 }
 
-fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = file.parent().unwrap_or(Path::new("."));
-    let written = fs::create_dir_all(parent).and_then(|()| fs::write(file, bytes));
-    written.map_err(|source| DataError::Io {
-        file: file.to_path_buf(),
-        source,
-    })
+/// Refuses to write a split that is there.
+pub(crate) fn refuse_existing(file: &Path) -> Result<()> {
+    match file.exists() {
+        true => Err(DataError::Caller {
+            what: format!(
+                "{} is there already: choose another folder or split",
+                file.display()
+            ),
+        }),
+        false => Ok(()),
+    }
+}
+
+/// Refuses categories that differ from those of the folder's other splits.
+pub(crate) fn same_categories(file: &Path, dataset: &DetectionDataset) -> Result<()> {
+    if file.is_file() && read_categories(file)? != dataset.categories {
+        return Err(DataError::Caller {
+            what: format!(
+                "{} has other categories than {}: write them to different folders",
+                file.display(),
+                dataset.name
+            ),
+        });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -132,8 +156,8 @@ mod tests {
         }
     }
 
-    fn convert(data: &DetectionDataset, folder: &Path) -> Result<CocoFolder> {
-        to_coco_folder(data, folder, "train", 1 << 20, &mut || {})
+    fn convert(data: &DetectionDataset, folder: &Path) -> Result<Converted> {
+        coco_folder(data, folder, "train", &ConvertOptions::default(), &mut || {})
     }
 
     #[test]

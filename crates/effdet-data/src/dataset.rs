@@ -1,6 +1,5 @@
 //! The common model of a data set, whatever format it came from.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -71,11 +70,11 @@ impl ImageSource {
     }
 }
 
-/// Reads a regular file of at most `max_bytes`.
+/// Opens a regular file of at most `max_bytes`; what it grows by afterwards is not read.
 ///
 /// # Errors
-/// [`DataError::Io`], also for pipes and devices, which may never end; [`DataError::TooLarge`] before anything is allocated.
-pub(crate) fn read_file(file: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+/// [`DataError::Io`], also for pipes and devices, which may never end; [`DataError::TooLarge`].
+pub(crate) fn open_file(file: &Path, max_bytes: u64) -> Result<io::Take<File>> {
     let io = |source| DataError::Io {
         file: file.to_path_buf(),
         source,
@@ -88,14 +87,20 @@ pub(crate) fn read_file(file: &Path, max_bytes: u64) -> Result<Vec<u8>> {
         )));
     }
     refuse_large(file, metadata.len(), max_bytes)?;
-    let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    let input = File::open(file).map_err(io)?;
-    // The file may have grown since.
-    input
-        .take(max_bytes.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(io)?;
-    refuse_large(file, bytes.len() as u64, max_bytes)?;
+    Ok(File::open(file).map_err(io)?.take(metadata.len()))
+}
+
+/// Reads a regular file of at most `max_bytes`.
+///
+/// # Errors
+/// Those of [`open_file`], before anything is allocated.
+pub(crate) fn read_file(file: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let mut input = open_file(file, max_bytes)?;
+    let mut bytes = Vec::with_capacity(input.limit() as usize);
+    input.read_to_end(&mut bytes).map_err(|source| DataError::Io {
+        file: file.to_path_buf(),
+        source,
+    })?;
     Ok(bytes)
 }
 
@@ -161,7 +166,7 @@ impl DetectionDataset {
         removed
     }
 
-    /// SHA-256 over ids, file names, sizes, boxes and categories, in hexadecimal: equal for equal annotations.
+    /// SHA-256 over ids, file names, sizes, boxes, areas and categories, in hexadecimal: equal for equal annotations.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         let text = |hash: &mut Sha256, text: &str| {
@@ -184,6 +189,7 @@ impl DetectionDataset {
                     .iter()
                     .for_each(|v| hash.update(v.to_le_bytes()));
                 hash.update(object.category.0.to_le_bytes());
+                hash.update(object.area.to_le_bytes());
                 hash.update([u8::from(object.is_crowd), u8::from(object.difficult)]);
             }
         }
@@ -191,32 +197,20 @@ impl DetectionDataset {
     }
 }
 
-/// What loading had to change.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LoadReport {
-    /// Boxes cut to their image.
-    pub clipped: Vec<Finding>,
-    /// Objects left out.
-    pub dropped: Vec<Finding>,
-    /// Damaged records left out.
-    pub skipped: Vec<Finding>,
+/// The number that stands for an id: its own, or 53 bits of its SHA-256 where it is no number.
+///
+/// 53 bits, so that the number is the same in JSON readers that know floats only.
+pub fn stable_id(text: &str) -> i64 {
+    text.trim()
+        .parse()
+        .unwrap_or_else(|_| hashed_id(text.trim().as_bytes()))
 }
 
-/// One remark about a record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    /// File.
-    pub file: String,
-    /// Record in it: annotation id or index.
-    pub record: i64,
-    /// What about it.
-    pub what: String,
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, record {}: {}", self.file, self.record, self.what)
-    }
+/// 53 bits of a SHA-256.
+pub(crate) fn hashed_id(bytes: &[u8]) -> i64 {
+    let digest = Sha256::digest(bytes);
+    let head = digest[..8].try_into().expect("32 bytes");
+    (u64::from_be_bytes(head) >> 11) as i64
 }
 
 #[cfg(test)]
@@ -272,6 +266,7 @@ mod tests {
         assert!(changed(|data| data.examples[0].width = 11));
         assert!(changed(|data| data.examples[0].objects[0].box_xywh_px[3] = 4.5));
         assert!(changed(|data| data.examples[0].objects[0].is_crowd = true));
+        assert!(changed(|data| data.examples[0].objects[0].area = 13.0));
         assert!(changed(|data| data.categories[0].name = "dog".into()));
     }
 

@@ -7,7 +7,7 @@
 //! A JPEG that ends before its end-of-image marker is refused unless asked for, as the reference does: half of it would be grey
 //! while its boxes speak of objects. Damage inside the scan cannot be told from image data and gives wrong pixels.
 
-use std::io::Cursor;
+use std::io::{BufRead, Cursor, Seek};
 
 use image::metadata::Orientation;
 use image::{
@@ -89,14 +89,27 @@ pub struct Probe {
 /// # Errors
 /// [`DecodeError`]; never panics on any input.
 pub fn probe(bytes: &[u8]) -> Result<Probe, DecodeError> {
+    probe_reader(Cursor::new(bytes)).map_err(|error| match error {
+        DecodeError::UnknownFormat { .. } => DecodeError::UnknownFormat { bytes: bytes.len() },
+        other => other,
+    })
+}
+
+/// As [`probe`], reading no further than it needs.
+///
+/// # Errors
+/// [`DecodeError`]; never panics on any input.
+pub fn probe_reader(mut input: impl BufRead + Seek) -> Result<Probe, DecodeError> {
     let corrupt = |reason: String| DecodeError::Corrupt { reason };
-    let reader = ImageReader::new(Cursor::new(bytes))
+    let head = input.fill_buf().map_err(|error| corrupt(error.to_string()))?;
+    let bytes = head.len();
+    let reader = ImageReader::new(input)
         .with_guessed_format()
         .map_err(|error| corrupt(error.to_string()))?;
     let format_name = match reader.format() {
         Some(ImageFormat::Jpeg) => "jpeg",
         Some(ImageFormat::Png) => "png",
-        _ => return Err(DecodeError::UnknownFormat { bytes: bytes.len() }),
+        _ => return Err(DecodeError::UnknownFormat { bytes }),
     };
     let (width, height) = reader
         .into_dimensions()

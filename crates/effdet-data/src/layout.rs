@@ -1,13 +1,14 @@
 //! Which format a folder has, and which splits.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::dataset::{DetectionDataset, LoadReport};
+use crate::dataset::DetectionDataset;
 use crate::error::{DataError, Result};
-use crate::tfrecord::ShardName;
-use crate::{coco, tfrecord, voc};
+use crate::folder::list_folder;
+use crate::report::{Faults, LoadOptions, LoadReport};
+use crate::tfrecord::{Damage, ReadOptions, ShardName, is_shard_file};
+use crate::{coco, tfrecord, voc, yolo};
 
 /// Where one split of a data set lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,13 @@ pub enum SplitSource {
         /// Name of the list.
         split: String,
     },
+    /// A split of a YOLO folder.
+    Yolo {
+        /// Its `data.yaml`.
+        config: PathBuf,
+        /// Name of the split.
+        split: String,
+    },
     /// TFRecord shards.
     TfRecord {
         /// Shards, sorted.
@@ -34,17 +42,44 @@ pub enum SplitSource {
 }
 
 impl SplitSource {
-    /// Reads the split.
+    /// `COCO`, `VOC`, `YOLO` or `TFRecord`.
+    pub fn format_name(&self) -> &'static str {
+        match self {
+            Self::Coco { .. } => "COCO",
+            Self::Voc { .. } => "VOC",
+            Self::Yolo { .. } => "YOLO",
+            Self::TfRecord { .. } => "TFRecord",
+        }
+    }
+
+    /// Reads the split, stopping at the first fault.
     ///
     /// # Errors
     /// Those of the format.
     pub fn load(&self) -> Result<(DetectionDataset, LoadReport)> {
+        self.load_with(&LoadOptions::default())
+    }
+
+    /// Reads the split.
+    ///
+    /// # Errors
+    /// Those of the format.
+    pub fn load_with(&self, options: &LoadOptions) -> Result<(DetectionDataset, LoadReport)> {
         match self {
-            Self::Coco { json, images } => coco::load(json, images),
-            Self::Voc { root, split } => voc::load(root, split),
+            Self::Coco { json, images } => coco::load_with(json, images, options),
+            Self::Voc { root, split } => voc::load_with(root, split, options),
+            Self::Yolo { config, split } => yolo::load_with(config, split, options),
             Self::TfRecord { shards } => {
                 tfrecord::check_complete(shards)?;
-                tfrecord::load_shards(shards, &tfrecord::ReadOptions::default())
+                let damage = match options.faults {
+                    Faults::Refuse => Damage::Refuse,
+                    Faults::Collect => Damage::Skip { at_most: usize::MAX },
+                };
+                let options = ReadOptions {
+                    damage,
+                    ..ReadOptions::default()
+                };
+                tfrecord::load_shards(shards, &options)
             }
         }
     }
@@ -62,14 +97,21 @@ pub struct Layout {
 impl Layout {
     /// Finds out what lies in `root`.
     ///
-    /// VOC: a folder `Annotations` and lists in `ImageSets/Main`. COCO: JSON files in the folder or in `annotations/` whose names
-    /// hold the split (`instances_train2017.json`, `train.json`) beside a folder of images of the same name (`train2017`,
-    /// `train`, `images/train`), or folders of images that hold their own `_annotations.coco.json`. TFRecord: shards whose names
-    /// begin with the split (`train-00000-of-00032.tfrecord`, `train.tfrecord`). The first of these that is there counts.
+    /// YOLO: `data.yaml`, which may be named itself, or `classes.txt` beside `images/` and `labels/`. VOC: a folder `Annotations`
+    /// and lists in `ImageSets/Main`, here or in a folder `VOCdevkit/VOC…`. COCO: JSON files in the folder or in `annotations/`
+    /// whose names hold the split (`instances_train2017.json`, `train.json`) beside a folder of images of the same name
+    /// (`train2017`, `train`, `images/train`), or folders of images that hold their own `_annotations.coco.json`. TFRecord: shards
+    /// whose names begin with the split (`train-00000-of-00032.tfrecord`, `train.tfrecord.gz`). The first of these that is there
+    /// counts.
     ///
     /// # Errors
     /// [`DataError::Malformed`] saying what was looked for.
     pub fn find(root: &Path) -> Result<Self> {
+        if root.is_file() {
+            let splits = yolo_splits_of(root)?;
+            let root = root.parent().unwrap_or(Path::new(".")).to_path_buf();
+            return Ok(Self { root, splits });
+        }
         if !root.is_dir() {
             let source = std::io::Error::new(std::io::ErrorKind::NotFound, "not a folder");
             return Err(DataError::Io {
@@ -78,17 +120,17 @@ impl Layout {
             });
         }
         let mut splits = BTreeMap::new();
-        for find in [voc_splits, coco_splits, record_splits] {
+        for find in [yolo_splits, voc_splits, coco_splits, record_splits] {
             splits = find(root)?;
             if !splits.is_empty() {
                 break;
             }
         }
         if splits.is_empty() {
-            let what = "no data set found. Looked for VOC (Annotations/ with ImageSets/Main/*.txt), for COCO \
-                        (instances_<split>.json here or in annotations/, beside a folder <split> or images/<split>; \
+            let what = "no data set found. Looked for YOLO (data.yaml), for VOC (Annotations/ with ImageSets/Main/*.txt), for \
+                        COCO (instances_<split>.json here or in annotations/, beside a folder <split> or images/<split>; \
                         <split>/_annotations.coco.json) and for TFRecord (<split>-00000-of-00032.tfrecord). \
-                        Name the files with --train-json and --train-images"
+                        If the files have other names, name the annotations and the images one by one"
                 .to_owned();
             return Err(DataError::Malformed {
                 file: root.to_path_buf(),
@@ -119,25 +161,8 @@ impl Layout {
 
 type Splits = BTreeMap<String, SplitSource>;
 
-/// Sorted entries; none where there is no such folder.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let io = |source| DataError::Io {
-        file: folder.to_path_buf(),
-        source,
-    };
-    if !folder.is_dir() {
-        return Ok(Vec::new());
-    }
-    let entries = fs::read_dir(folder).map_err(io)?;
-    let mut paths = entries
-        .map(|entry| Ok(entry.map_err(io)?.path()))
-        .collect::<Result<Vec<_>>>()?;
-    paths.sort();
-    Ok(paths)
-}
-
 fn files_with_extension(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
-    let mut files = entries(folder)?;
+    let mut files = list_folder(folder)?;
     files.retain(|path| path.extension().is_some_and(|found| found == extension) && path.is_file());
     Ok(files)
 }
@@ -156,21 +181,69 @@ fn split_name(name: &str) -> &str {
     }
 }
 
-fn voc_splits(root: &Path) -> Result<Splits> {
-    if !root.join("Annotations").is_dir() {
-        return Ok(Splits::new());
-    }
-    let lists = files_with_extension(&root.join("ImageSets/Main"), "txt")?;
-    // Lists of one class (`cat_train.txt`) are no splits.
-    let splits = lists
-        .iter()
-        .map(|file| stem(file))
-        .filter(|split| !split.contains('_'));
-    let source = |split: String| SplitSource::Voc {
-        root: root.to_path_buf(),
+fn yolo_splits(root: &Path) -> Result<Splits> {
+    yolo::Config::find(root)?.map_or_else(|| Ok(Splits::new()), |config| yolo_splits_of(&config))
+}
+
+fn yolo_splits_of(config: &Path) -> Result<Splits> {
+    let source = |split: String| SplitSource::Yolo {
+        config: config.to_path_buf(),
         split,
     };
+    let splits = yolo::Config::read(config)?.splits.into_keys();
     Ok(splits.map(|split| (split.clone(), source(split))).collect())
+}
+
+fn voc_splits(root: &Path) -> Result<Splits> {
+    let Some(root) = voc_root(root)? else {
+        return Ok(Splits::new());
+    };
+    let lists = files_with_extension(&root.join("ImageSets/Main"), "txt")?;
+    // Lists of one class (`cat_train.txt`) are no splits.
+    let mut splits: Vec<String> = lists
+        .iter()
+        .map(|file| stem(file))
+        .filter(|split| !split.contains('_'))
+        .collect();
+    if splits.is_empty() && root.join("JPEGImages").is_dir() {
+        splits.push(voc::ALL.to_owned());
+    }
+    let source = |split: String| SplitSource::Voc {
+        root: root.clone(),
+        split,
+    };
+    Ok(splits
+        .into_iter()
+        .map(|split| (split.clone(), source(split)))
+        .collect())
+}
+
+/// The folder with `Annotations`: here, or the only one of `VOCdevkit/VOC…`.
+fn voc_root(root: &Path) -> Result<Option<PathBuf>> {
+    if root.join("Annotations").is_dir() {
+        return Ok(Some(root.to_path_buf()));
+    }
+    let mut years = list_folder(root)?;
+    years.extend(list_folder(&root.join("VOCdevkit"))?);
+    let is_year = |folder: &PathBuf| {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("VOC") && folder.join("Annotations").is_dir()
+    };
+    years.retain(is_year);
+    match years.as_slice() {
+        [] => Ok(None),
+        [year] => Ok(Some(year.clone())),
+        several => {
+            let names: Vec<String> = several
+                .iter()
+                .map(|folder| folder.display().to_string())
+                .collect();
+            Err(DataError::Malformed {
+                file: root.to_path_buf(),
+                what: format!("holds several VOC sets, name one of them: {}", names.join(", ")),
+            })
+        }
+    }
 }
 
 fn coco_splits(root: &Path) -> Result<Splits> {
@@ -187,7 +260,7 @@ fn coco_splits(root: &Path) -> Result<Splits> {
             }
         }
     }
-    for images in entries(root)? {
+    for images in list_folder(root)? {
         let json = images.join("_annotations.coco.json");
         if json.is_file() {
             let name = images
@@ -204,7 +277,7 @@ fn coco_splits(root: &Path) -> Result<Splits> {
         let previous = splits.insert(split.clone(), SplitSource::Coco { json, images });
         if let Some(SplitSource::Coco { json, .. }) = previous {
             let what = format!(
-                "both {} and {this} look like the split {split:?}: name the files with --train-json and --train-images",
+                "both {} and {this} look like the split {split:?}: remove one of them, or name the annotations and the images one by one",
                 json.display()
             );
             return Err(DataError::Malformed {
@@ -218,8 +291,15 @@ fn coco_splits(root: &Path) -> Result<Splits> {
 
 fn record_splits(root: &Path) -> Result<Splits> {
     let mut splits: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
-    for file in files_with_extension(root, "tfrecord")? {
-        let name = ShardName::parse(&file).map_or_else(|| stem(&file), |name| name.prefix);
+    for file in list_folder(root)? {
+        if !is_shard_file(&file) || !file.is_file() {
+            continue;
+        }
+        let plain = match file.extension() {
+            Some(extension) if extension == "gz" => file.with_extension(""),
+            _ => file.clone(),
+        };
+        let name = ShardName::parse(&plain).map_or_else(|| stem(&plain), |name| name.prefix);
         splits.entry(split_name(&name).to_owned()).or_default().push(file);
     }
     let source = |(split, shards)| (split, SplitSource::TfRecord { shards });
@@ -229,6 +309,7 @@ fn record_splits(root: &Path) -> Result<Splits> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn the_layouts_of_the_real_sets_are_found() {
@@ -257,7 +338,7 @@ mod tests {
             Layout::find(&root.join("weights"))
                 .unwrap_err()
                 .to_string()
-                .contains("--train-json")
+                .contains("one by one")
         );
     }
 

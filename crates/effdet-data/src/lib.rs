@@ -3,14 +3,19 @@
 
 pub mod batch;
 pub mod coco;
+pub mod confine;
 pub mod convert;
 pub mod dataset;
 pub mod decode;
 pub mod error;
+mod folder;
 pub mod inspect;
 pub mod layout;
 pub mod loader;
 pub mod preprocess;
+pub mod report;
+pub mod sidecar;
 pub mod synthetic;
 pub mod tfrecord;
 pub mod voc;
+pub mod yolo;

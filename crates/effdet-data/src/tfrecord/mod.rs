@@ -6,6 +6,7 @@
 
 pub mod example;
 pub mod framing;
+mod manifest;
 mod reader;
 mod shards;
 mod writer;
@@ -13,8 +14,9 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use manifest::{Manifest, ShardEntry};
 pub use reader::{Damage, ReadOptions, load, load_shards};
-pub(crate) use shards::ShardName;
+pub(crate) use shards::{ShardName, is_shard_file};
 pub use shards::{check_complete, find_shards};
 pub use writer::{WriteOptions, WriteReport, write};
 

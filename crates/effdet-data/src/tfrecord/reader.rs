@@ -2,27 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{self, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use effdet_model::label_map::CategoryId;
+use flate2::read::MultiGzDecoder;
 use prost::Message;
-use sha2::{Digest, Sha256};
 
 use super::example::Example as Features;
-use super::framing::{Record, RecordReader};
+use super::framing::{HEADER_BYTES, Record, RecordReader, is_header};
 use super::key;
+use super::manifest;
 use super::shards::{ShardName, find_shards};
 use super::writer::categories_file;
 use crate::coco::{clip, read_categories};
 use crate::dataset::{
-    Category, DetectionDataset, Example, Finding, ImageSource, LoadReport, ObjectAnnotation,
+    Category, DetectionDataset, Example, ImageSource, ObjectAnnotation, hashed_id, stable_id,
 };
 use crate::decode::probe;
 use crate::error::{DataError, Result};
+use crate::report::{Finding, FindingKind, LoadReport};
 
 /// What to do about a damaged record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub enum Damage {
 pub struct ReadOptions {
     /// Largest record in bytes, checked before it is allocated; a decoded record takes up to 16 times as much.
     pub max_record_bytes: u64,
+    /// Largest shard compressed with gzip in bytes, when unpacked; its images stay in memory.
+    pub max_unpacked_bytes: u64,
     /// What to do about a damaged record.
     pub damage: Damage,
     /// Accept sets of shards with gaps.
@@ -57,6 +61,7 @@ impl Default for ReadOptions {
     fn default() -> Self {
         Self {
             max_record_bytes: 64 << 20,
+            max_unpacked_bytes: 1 << 30,
             damage: Damage::Refuse,
             allow_partial: false,
             allow_unlabelled: false,
@@ -102,6 +107,10 @@ pub fn load_shards(shards: &[PathBuf], options: &ReadOptions) -> Result<(Detecti
             }
         }
     }
+    if options.damage == Damage::Refuse {
+        let counts = contents.iter().map(|content| content.examples.len() as u64);
+        manifest::check(shards, counts)?;
+    }
     let mut by_shard = Vec::with_capacity(contents.len());
     let mut report = LoadReport::default();
     let mut captions = false;
@@ -110,9 +119,7 @@ pub fn load_shards(shards: &[PathBuf], options: &ReadOptions) -> Result<(Detecti
             names.add(*id, name.as_deref(), file)?;
         }
         by_shard.push(content.examples.into_iter());
-        report.clipped.extend(content.report.clipped);
-        report.dropped.extend(content.report.dropped);
-        report.skipped.extend(content.report.skipped);
+        report.append(content.report);
         captions |= content.captions;
     }
     let examples = in_turn(by_shard);
@@ -203,6 +210,13 @@ fn refuse_duplicates(examples: &[Example]) -> Result<()> {
                 ),
             });
         }
+        return Err(DataError::Malformed {
+            file: PathBuf::from(&example.file_name),
+            what: format!(
+                "image id {} is in two records: is a shard there twice, once compressed?",
+                example.image_id
+            ),
+        });
     }
     Ok(())
 }
@@ -270,16 +284,27 @@ fn read_shard(file: &Path, options: &ReadOptions) -> Result<ShardContent> {
         file: file.to_path_buf(),
         source,
     };
-    let input = File::open(file).map_err(io)?;
+    let mut input = File::open(file).map_err(io)?;
     let file_bytes = input.metadata().map_err(io)?.len();
+    let place = match is_gzip(&mut input).map_err(io)? {
+        true => Place::Memory,
+        false => Place::Shard(file.into()),
+    };
     let input = BufReader::with_capacity(1 << 20, input);
-    let mut reader = RecordReader::new(input, file, file_bytes, options.max_record_bytes);
-    let shard: Arc<Path> = file.into();
+    let (input, bytes): (Box<dyn Read>, u64) = match place {
+        Place::Shard(_) => (Box::new(input), file_bytes),
+        Place::Memory => {
+            let unpacked = unpack(MultiGzDecoder::new(input), file, options.max_unpacked_bytes)?;
+            let bytes = unpacked.len() as u64;
+            (Box::new(Cursor::new(unpacked)), bytes)
+        }
+    };
+    let mut reader = RecordReader::new(input, file, bytes, options.max_record_bytes);
     let mut content = ShardContent::default();
     loop {
         let result = match reader.next_record() {
             Ok(None) => return Ok(content),
-            Ok(Some(record)) => read_record(&shard, record, &mut content),
+            Ok(Some(record)) => read_record(file, &place, record, &mut content),
             Err(error) => Err(error),
         };
         match (result, options.damage) {
@@ -291,6 +316,7 @@ fn read_shard(file: &Path, options: &ReadOptions) -> Result<ShardContent> {
                 Damage::Skip { .. },
             ) => {
                 content.report.skipped.push(Finding {
+                    kind: FindingKind::DamagedRecord,
                     file: file.display().to_string(),
                     record: record as i64,
                     what: format!("at byte {offset}: {what}"),
@@ -301,7 +327,41 @@ fn read_shard(file: &Path, options: &ReadOptions) -> Result<ShardContent> {
     }
 }
 
-fn read_record(shard: &Arc<Path>, record: Record, content: &mut ShardContent) -> Result<()> {
+/// Where the images of a shard stay.
+enum Place {
+    /// In the file.
+    Shard(Arc<Path>),
+    /// In memory, because nothing but reading everything before it finds a place in a compressed file.
+    Memory,
+}
+
+/// Whether a file is compressed; a length may begin with gzip's two bytes, but then its checksum is right.
+fn is_gzip(input: &mut File) -> io::Result<bool> {
+    let mut head = Vec::with_capacity(HEADER_BYTES as usize);
+    input.by_ref().take(HEADER_BYTES).read_to_end(&mut head)?;
+    input.rewind()?;
+    Ok(head.starts_with(&[0x1f, 0x8b]) && !is_header(&head))
+}
+
+fn unpack(input: impl Read, file: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = input.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|error| DataError::Malformed {
+        file: file.to_path_buf(),
+        what: format!("cannot be unpacked ({error}): the file was cut off or is damaged, copy it again"),
+    })?;
+    if bytes.len() as u64 > limit {
+        return Err(DataError::Malformed {
+            file: file.to_path_buf(),
+            what: format!(
+                "holds more than {limit} bytes when unpacked, too many to keep in memory: unpack it first (gzip -d)"
+            ),
+        });
+    }
+    Ok(bytes)
+}
+
+fn read_record(shard: &Path, place: &Place, record: Record, content: &mut ShardContent) -> Result<()> {
     let (index, offset) = (record.index, record.payload_offset);
     let fault = |what: String| DataError::Record {
         file: shard.to_path_buf(),
@@ -316,7 +376,7 @@ fn read_record(shard: &Arc<Path>, record: Record, content: &mut ShardContent) ->
         ))
     })?;
     let fields = Fields::take(&features).map_err(fault)?;
-    let mut example = fields.example(shard, offset, &payload).map_err(fault)?;
+    let mut example = fields.example(place, offset, &payload).map_err(fault)?;
     let objects = fields.objects().map_err(fault)?;
     let mut report = LoadReport::default();
     for (object, raw) in objects.iter().enumerate() {
@@ -328,8 +388,7 @@ fn read_record(shard: &Arc<Path>, record: Record, content: &mut ShardContent) ->
             example.objects.push(annotation);
         }
     }
-    content.report.clipped.extend(report.clipped);
-    content.report.dropped.extend(report.dropped);
+    content.report.append(report);
     content.captions |= fields.has_captions;
     content.examples.push(example);
     Ok(())
@@ -400,16 +459,16 @@ impl<'a> Fields<'a> {
         })
     }
 
-    fn example(&self, shard: &Arc<Path>, payload_offset: u64, payload: &Bytes) -> Checked<Example> {
+    fn example(&self, place: &Place, payload_offset: u64, payload: &Bytes) -> Checked<Example> {
         // Decoding shares the payload's memory, so that addresses tell where in the file the image lies.
         let at = self.encoded.as_ptr().addr().checked_sub(payload.as_ptr().addr());
         let at = at.filter(|at| at + self.encoded.len() <= payload.len());
         let at = at.ok_or("cannot be located in its file; please report it")? as u64;
         let source_id = self.source_id.trim();
-        let image_id = source_id.parse().unwrap_or_else(|_| match source_id {
-            "" => stable_id(self.encoded),
-            id => stable_id(id.as_bytes()),
-        });
+        let image_id = match source_id {
+            "" => hashed_id(self.encoded),
+            id => stable_id(id),
+        };
         let named = |name: &str| match name {
             "" => image_id.to_string(),
             name => name.to_owned(),
@@ -420,10 +479,13 @@ impl<'a> Fields<'a> {
             file_name: named(&self.file_name),
             width: self.width,
             height: self.height,
-            source: ImageSource::Record {
-                shard: Arc::clone(shard),
-                offset: payload_offset + at,
-                len: self.encoded.len() as u64,
+            source: match place {
+                Place::Shard(shard) => ImageSource::Record {
+                    shard: Arc::clone(shard),
+                    offset: payload_offset + at,
+                    len: self.encoded.len() as u64,
+                },
+                Place::Memory => ImageSource::Memory(Arc::from(&self.encoded[..])),
             },
             objects: Vec::new(),
         })
@@ -495,15 +557,15 @@ impl RawObject {
         object: usize,
         report: &mut LoadReport,
     ) -> Option<ObjectAnnotation> {
-        let [xmin, ymin, xmax, ymax] = self.corners.map(f64::from);
-        let (width, height) = (f64::from(example.width), f64::from(example.height));
-        // Exact: the products need no more than 53 bits for images of less than 2^29 pixels a side.
-        let [left, top, right, bottom] = [xmin * width, ymin * height, xmax * width, ymax * height];
-        let bbox = [left, top, right - left, bottom - top];
+        let bbox = pixels(self.corners, example.width, example.height);
+        let [xmin, ymin, xmax, ymax] = self.corners;
         let inside = self.corners.iter().all(|corner| (0.0..=1.0).contains(corner));
         // Rounding of x + width must not look like a box that runs past the image.
         let box_xywh_px = match inside && xmin < xmax && ymin < ymax {
-            true => bbox,
+            true => {
+                report.census.count(bbox, (example.width, example.height));
+                bbox
+            }
             false => clip(bbox, example, object as i64, report)?,
         };
         Some(ObjectAnnotation {
@@ -516,9 +578,21 @@ impl RawObject {
     }
 }
 
-/// 53 bits, so that the number is the same in JSON readers that know floats only.
-fn stable_id(bytes: &[u8]) -> i64 {
-    let digest = Sha256::digest(bytes);
-    let head = digest[..8].try_into().expect("32 bytes");
-    (u64::from_be_bytes(head) >> 11) as i64
+/// `[x, y, width, height]` in pixels of corners divided by the image's size in f32.
+///
+/// Annotations have a few decimals, which the division hides: where pixels with at most two decimals give the very same four
+/// corners, they are what was meant.
+fn pixels(corners: [f32; 4], width: u32, height: u32) -> [f64; 4] {
+    let sides = [width, height, width, height].map(f64::from);
+    let exact = |at: usize| f64::from(corners[at]) * sides[at];
+    let decimal = |v: f64| (v * 100.0).round() / 100.0;
+    let [left, top, right, bottom] = [0, 1, 2, 3].map(|at| decimal(exact(at)));
+    let [x, y, w, h] = [left, top, decimal(right - left), decimal(bottom - top)];
+    let again = [x, y, x + w, y + h];
+    if (0..4).all(|at| (again[at] / sides[at]) as f32 == corners[at]) {
+        return [x, y, w, h];
+    }
+    // Exact: the products need no more than 53 bits for images of less than 2^29 pixels a side.
+    let [left, top, right, bottom] = [0, 1, 2, 3].map(exact);
+    [left, top, right - left, bottom - top]
 }

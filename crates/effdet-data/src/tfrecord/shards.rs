@@ -39,6 +39,16 @@ impl ShardName {
     }
 }
 
+/// Whether a file is called as shards are.
+pub(crate) fn is_shard_file(file: &Path) -> bool {
+    let name = file
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let plain = name.strip_suffix(".gz").unwrap_or(&name);
+    let numbered = ShardName::parse(Path::new(plain)).is_some_and(|shard| shard.suffix.is_empty());
+    plain.ends_with(".tfrecord") || plain.ends_with(".tfrecords") || plain.ends_with(".tfrec") || numbered
+}
+
 /// Files that match a glob pattern, sorted; half-written ones (`.tmp`) are left out.
 ///
 /// # Errors
@@ -54,7 +64,11 @@ pub fn find_shards(pattern: &str, allow_partial: bool) -> Result<Vec<PathBuf>> {
             file: error.path().to_path_buf(),
             source: error.into(),
         })?;
-        if path.is_file() && path.extension().is_none_or(|extension| extension != "tmp") {
+        // Half-written shards, and what lies beside shards, match patterns like `train*`.
+        let other = path
+            .extension()
+            .is_some_and(|extension| extension == "tmp" || extension == "json");
+        if path.is_file() && !other {
             shards.push(path);
         }
     }
@@ -82,7 +96,9 @@ pub fn check_complete(shards: &[PathBuf]) -> Result<()> {
         let Some(name) = ShardName::parse(file) else {
             continue;
         };
-        let set = (file.with_file_name(&name.prefix), name.suffix);
+        // A shard and its compressed copy are the same shard.
+        let suffix = name.suffix.strip_suffix(".gz").unwrap_or(&name.suffix);
+        let set = (file.with_file_name(&name.prefix), suffix.to_owned());
         let (total, first, found) = sets.entry(set).or_insert((name.total, file, Vec::new()));
         if *total != name.total || name.index >= name.total {
             return Err(DataError::Malformed {
@@ -94,10 +110,19 @@ pub fn check_complete(shards: &[PathBuf]) -> Result<()> {
                 ),
             });
         }
+        if found.contains(&name.index) {
+            return Err(DataError::Malformed {
+                file: file.clone(),
+                what: format!(
+                    "shard {:05} of this set is there twice, once compressed: remove one of them",
+                    name.index
+                ),
+            });
+        }
         found.push(name.index);
     }
-    for (total, first, found) in sets.into_values() {
-        // The indices ascend: the files are sorted, and their numbers have leading zeros.
+    for (total, first, mut found) in sets.into_values() {
+        found.sort_unstable();
         let missing: Vec<usize> = (0..total)
             .filter(|index| found.binary_search(index).is_err())
             .take(4)
@@ -164,6 +189,28 @@ mod tests {
             "val-00000-of-00002.tfrecord.tmp",
         ];
         assert_eq!(find(&names, "val-*").unwrap(), [names[1], names[0]]);
+    }
+
+    #[test]
+    fn a_shard_and_its_compressed_copy_are_refused() {
+        let names = ["val-00000-of-00001.tfrecord", "val-00000-of-00001.tfrecord.gz"];
+        let error = find(&names, "*").unwrap_err().to_string();
+        assert!(error.contains("twice"), "{error}");
+    }
+
+    #[test]
+    fn files_of_records_are_told_from_what_lies_beside_them() {
+        for (name, is) in [
+            ("a.tfrecord", true),
+            ("a.tfrecord.gz", true),
+            ("train-00000-of-00002", true),
+            ("train-00000-of-00002.gz", true),
+            ("train.manifest.json", false),
+            ("a.tfrecord.tmp", false),
+            ("train-00000-of-00002.txt", false),
+        ] {
+            assert_eq!(is_shard_file(Path::new(name)), is, "{name}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -12,9 +12,10 @@ use sha2::{Digest, Sha256};
 use super::example::Example as Features;
 use super::framing::write_record;
 use super::key;
+use super::manifest::{self, Manifest, ShardEntry};
 use super::shards::ShardName;
 use crate::coco::write_categories;
-use crate::dataset::{DetectionDataset, Example};
+use crate::dataset::{DetectionDataset, Example, stable_id};
 use crate::decode::probe;
 use crate::error::{DataError, Result};
 
@@ -43,6 +44,8 @@ pub struct WriteReport {
     pub shards: Vec<PathBuf>,
     /// Names of the categories, for [`load`](super::load).
     pub categories: PathBuf,
+    /// Counts and checksums, see [`Manifest`].
+    pub manifest: PathBuf,
     /// Records.
     pub records: usize,
     /// Objects.
@@ -58,7 +61,8 @@ pub(super) fn categories_file(prefix: &Path) -> PathBuf {
     file.into()
 }
 
-/// Writes `<prefix>-00000-of-<n>.tfrecord` … and `<prefix>.categories.json`; example i goes to shard i mod n.
+/// Writes `<prefix>-00000-of-<n>.tfrecord` …, `<prefix>.categories.json` and `<prefix>.manifest.json`; example i goes to shard
+/// i mod n.
 ///
 /// The shards get their names when all are complete; after an error none is left. `progress` is called after every record.
 ///
@@ -96,23 +100,24 @@ pub fn write(
 
     let mut report = WriteReport {
         categories: categories_file(prefix),
+        manifest: manifest::file(prefix),
         ..WriteReport::default()
     };
     let names: HashMap<_, _> = (dataset.categories.iter())
         .map(|category| (category.id, category.name.as_str()))
         .collect();
     let mut scratch = ScratchFiles::default();
+    let mut entries = Vec::with_capacity(total);
     for shard in 0..total {
         let file = folder.join(ShardName::file_name(prefix_name, shard, total));
-        let mut writer = scratch.create(&file)?;
+        let mut writer = Hashing::new(scratch.create(&file)?);
+        let records_before = report.records;
         let examples = dataset.examples.iter().skip(shard).step_by(total);
         for example in examples {
             let encoded = example.source.read_bytes(options.max_encoded_bytes)?;
             let features = features_of(example, encoded, &names)?;
             let payload = features.encode_to_vec();
             write_record(&mut writer, &payload).map_err(io_error(&file))?;
-            report.bytes +=
-                payload.len() as u64 + super::framing::HEADER_BYTES + super::framing::FOOTER_BYTES;
             report.records += 1;
             report.objects += example.objects.len();
             progress();
@@ -123,12 +128,27 @@ pub fn write(
                 .map_err(io::IntoInnerError::into_error)?
                 .sync_all()
         };
+        let (writer, bytes, sha256) = writer.finish();
         sync(writer).map_err(io_error(&file))?;
+        report.bytes += bytes;
+        entries.push(ShardEntry {
+            file: ShardName::file_name(prefix_name, shard, total),
+            records: (report.records - records_before) as u64,
+            bytes,
+            sha256,
+        });
         report.shards.push(file);
     }
-    write_categories(&report.categories, &dataset.categories)?;
     scratch.publish()?;
-    Ok(report)
+    let published = write_categories(&report.categories, &dataset.categories)
+        .and_then(|()| Manifest::new(dataset, entries).write(&report.manifest));
+    if published.is_err() {
+        for file in report.shards.iter().chain([&report.categories]) {
+            // Nothing can be done about a file that stays.
+            let _ = fs::remove_file(file);
+        }
+    }
+    published.map(|()| report)
 }
 
 fn refuse_existing(folder: &Path, prefix: &str) -> Result<()> {
@@ -151,6 +171,43 @@ fn io_error(file: &Path) -> impl Fn(io::Error) -> DataError {
     move |source| DataError::Io {
         file: file.to_path_buf(),
         source,
+    }
+}
+
+/// Counts and hashes what passes through.
+struct Hashing<W> {
+    inner: W,
+    bytes: u64,
+    sha256: Sha256,
+}
+
+impl<W: Write> Hashing<W> {
+    fn new(inner: W) -> Self {
+        Self {
+            inner,
+            bytes: 0,
+            sha256: Sha256::new(),
+        }
+    }
+
+    /// What it wrote to, the number of bytes and their SHA-256 in hexadecimal.
+    fn finish(self) -> (W, u64, String) {
+        let digest = self.sha256.finalize();
+        let hex = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        (self.inner, self.bytes, hex)
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.bytes += written as u64;
+        self.sha256.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
     }
 }
 
@@ -212,7 +269,12 @@ fn features_of(
     features.set_ints(key::HEIGHT, vec![probed.height.into()]);
     features.set_ints(key::WIDTH, vec![probed.width.into()]);
     features.set_bytes(key::FILENAME, text(&example.file_name));
-    features.set_bytes(key::SOURCE_ID, text(&example.image_id.to_string()));
+    // A text stands for its own number; the reference writes numbers.
+    let source_id = match stable_id(&example.source_id) == example.image_id {
+        true => example.source_id.clone(),
+        false => example.image_id.to_string(),
+    };
+    features.set_bytes(key::SOURCE_ID, text(&source_id));
     features.set_bytes(key::SHA256, text(&sha256));
     features.set_bytes(key::FORMAT, text(probed.format_name));
     features.set_bytes(key::ENCODED, vec![encoded.into()]);

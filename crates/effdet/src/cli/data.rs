@@ -21,14 +21,20 @@ pub enum ConvertFormat {
     Tfrecord,
     /// COCO instances JSON beside a folder of images.
     Coco,
+    /// Pascal VOC: one XML per image, lists of splits.
+    Voc,
+    /// YOLO: one text file per image, data.yaml.
+    Yolo,
 }
 
 /// Data commands.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Convert a data set to TFRecord shards or COCO JSON.
+    /// Convert a data set to TFRecord shards, COCO JSON, VOC or YOLO.
     #[command(after_help = "\
 Examples:
+  effdet data convert --data bccd --to yolo --output bccd_yolo
+  effdet data convert --data bccd --splits train,val --to tfrecord --output records --num-shards 4
   effdet data convert --data bccd --train-split train --to tfrecord --output records/train --num-shards 4
   effdet data convert --image_dir train2017 --object_annotations_file instances_train2017.json \\
                       --output_file_prefix coco/train --num_shards 256")]
@@ -57,7 +63,10 @@ Examples:
         /// Target format.
         #[arg(long, value_name = "FORMAT", default_value = "tfrecord")]
         to: ConvertFormat,
-        /// Prefix of the shards, or folder of the COCO copy.
+        /// Splits of --data to convert; default: every split, for TFRecord --train-split.
+        #[arg(long, value_name = "NAME,…", value_delimiter = ',', requires = "data")]
+        splits: Vec<String>,
+        /// Folder to write to; of TFRecord without --splits, the prefix of the shards.
         #[arg(
             long,
             short,
@@ -66,7 +75,7 @@ Examples:
             alias = "output_file_prefix"
         )]
         output: PathBuf,
-        /// Shards.
+        /// TFRecord shards of each split.
         #[arg(long, value_name = "N", default_value_t = 32, alias = "num_shards")]
         num_shards: usize,
     },

@@ -38,7 +38,7 @@ pub struct EngineArgs {
 /// Where the data lies.
 #[derive(Debug, Clone, Default, PartialEq, Args, serde::Serialize, serde::Deserialize)]
 pub struct SourceArgs {
-    /// Data set folder; COCO, VOC or TFRecord layout is recognised.
+    /// Data set folder, or data.yaml; COCO, VOC, YOLO or TFRecord layout is recognised.
     #[arg(long, short, value_name = "DIR")]
     pub data: Option<PathBuf>,
     /// Training annotations (COCO JSON).
@@ -65,6 +65,10 @@ pub struct SourceArgs {
     /// Split to train on when the folder has several.
     #[arg(long, value_name = "NAME", default_value = "train")]
     pub train_split: String,
+    /// Follow links that leave the data folder.
+    #[arg(long)]
+    #[serde(default)]
+    pub follow_links: bool,
 }
 
 /// Options of `train`.

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 use effdet_data::coco;
-use effdet_data::convert::to_coco_folder;
+use effdet_data::convert::{ConvertOptions, Converted, coco_folder};
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::inspect::{SIDE_BINS_PX, Statistics, statistics};
 use effdet_data::synthetic::{self, SyntheticConfig};
 use effdet_data::tfrecord::{self, WriteOptions};
+use effdet_data::{sidecar, voc, yolo};
 use serde_json::json;
 
 use super::progress::Progress;
@@ -30,6 +31,7 @@ pub fn run(command: &DataCommand) -> Result<()> {
             object_annotations_file,
             caption_annotations_file,
             to,
+            splits,
             output,
             num_shards,
         } => {
@@ -39,11 +41,25 @@ pub fn run(command: &DataCommand) -> Result<()> {
                     captions.display()
                 );
             }
-            let dataset = match (image_dir, object_annotations_file) {
-                (Some(images), Some(json)) => coco::load(json, images)?.0,
-                _ => sources::require(source, Part::Train)?,
+            let target = Target {
+                format: *to,
+                output,
+                num_shards: *num_shards,
             };
-            convert(&dataset, *to, output, *num_shards)
+            let one = match (image_dir, object_annotations_file) {
+                (Some(images), Some(json)) => Some(coco::load(json, images)?.0),
+                _ if source.data.is_none() || (splits.is_empty() && *to == ConvertFormat::Tfrecord) => {
+                    Some(sources::require(source, Part::Train)?)
+                }
+                _ => None,
+            };
+            if let Some(dataset) = one {
+                return target.write(&dataset, None);
+            }
+            for (split, dataset) in sources::load_splits(source, splits)? {
+                target.write(&dataset, Some(&split))?;
+            }
+            Ok(())
         }
         DataCommand::Inspect { source, json } => inspect(source, *json),
         DataCommand::Synth {
@@ -56,43 +72,67 @@ pub fn run(command: &DataCommand) -> Result<()> {
     }
 }
 
-fn convert(dataset: &DetectionDataset, to: ConvertFormat, output: &Path, num_shards: usize) -> Result<()> {
-    let mut progress = Progress::new(dataset.examples.len() as u64, "images");
-    let where_to = match to {
-        ConvertFormat::Tfrecord => {
-            let options = WriteOptions {
-                num_shards,
-                max_encoded_bytes: MAX_ENCODED_BYTES,
-            };
-            tfrecord::write(dataset, output, &options, &mut || progress.advance(1))?;
-            format!("{num_shards} shards {}-*.tfrecord", output.display())
-        }
-        ConvertFormat::Coco => write_coco(dataset, output, "train", &mut progress)?,
-    };
-    drop(progress);
-    writeln!(
-        std::io::stdout(),
-        "{} images, {} objects: {where_to}",
-        dataset.examples.len(),
-        dataset.examples.iter().map(|e| e.objects.len()).sum::<usize>(),
-    )?;
-    Ok(())
+/// Where a data set is converted to.
+struct Target<'a> {
+    format: ConvertFormat,
+    output: &'a Path,
+    num_shards: usize,
 }
 
-fn write_coco(
-    dataset: &DetectionDataset,
-    output: &Path,
-    split: &str,
-    progress: &mut Progress,
-) -> Result<String> {
-    let written = to_coco_folder(dataset, output, split, MAX_ENCODED_BYTES, &mut || {
-        progress.advance(1)
-    })?;
-    Ok(format!(
-        "{} and {}",
-        written.json.display(),
-        written.images.display()
-    ))
+impl Target<'_> {
+    /// Writes one split; a split without a name is `train`, and its shards have the output as their prefix.
+    fn write(&self, dataset: &DetectionDataset, split: Option<&str>) -> Result<()> {
+        let mut progress = Progress::new(dataset.examples.len() as u64, "images");
+        let mut advance = || progress.advance(1);
+        let (output, name) = (self.output, split.unwrap_or("train"));
+        let options = ConvertOptions {
+            max_encoded_bytes: MAX_ENCODED_BYTES,
+        };
+        let converted = match self.format {
+            ConvertFormat::Tfrecord => {
+                let options = WriteOptions {
+                    num_shards: self.num_shards,
+                    max_encoded_bytes: MAX_ENCODED_BYTES,
+                };
+                let prefix = split.map_or_else(|| output.to_owned(), |split| output.join(split));
+                let report = tfrecord::write(dataset, &prefix, &options, &mut advance)?;
+                Converted {
+                    images: report.records,
+                    objects: report.objects,
+                    crowds: 0,
+                    places: vec![
+                        format!("{}-*.tfrecord ({} shards)", prefix.display(), self.num_shards).into(),
+                        report.manifest,
+                    ],
+                }
+            }
+            ConvertFormat::Coco => coco_folder(dataset, output, name, &options, &mut advance)?,
+            ConvertFormat::Voc => voc::write(dataset, output, name, &options, &mut advance)?,
+            ConvertFormat::Yolo => yolo::write(dataset, output, name, &options, &mut advance)?,
+        };
+        drop(progress);
+        let places: Vec<String> = (converted.places.iter())
+            .map(|place| place.display().to_string())
+            .collect();
+        let mut out = std::io::stdout().lock();
+        writeln!(
+            out,
+            "{}: {} images, {} objects: {}",
+            name,
+            converted.images,
+            converted.objects,
+            places.join(", ")
+        )?;
+        if converted.crowds > 0 {
+            writeln!(
+                out,
+                "  {} crowd regions are in {} only: this format has no such thing",
+                converted.crowds,
+                sidecar::file(output, name).display()
+            )?;
+        }
+        Ok(())
+    }
 }
 
 fn synth(output: &Path, images: usize, val_images: usize, image_size: u32, seed: u64) -> Result<()> {
@@ -109,7 +149,9 @@ fn synth(output: &Path, images: usize, val_images: usize, image_size: u32, seed:
     let mut progress = Progress::new(train + val, "images");
     for (split, range) in [("train", 0..train), ("val", train..train + val)] {
         if !range.is_empty() {
-            write_coco(&synthetic::dataset(&config, range), output, split, &mut progress)?;
+            let dataset = synthetic::dataset(&config, range);
+            let mut advance = || progress.advance(1);
+            coco_folder(&dataset, output, split, &ConvertOptions::default(), &mut advance)?;
         }
     }
     drop(progress);

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use effdet_data::coco;
-use effdet_data::dataset::{DetectionDataset, Finding, LoadReport, ObjectAnnotation};
+use effdet_data::dataset::{DetectionDataset, ObjectAnnotation};
 use effdet_data::layout::Layout;
+use effdet_data::report::{Finding, LoadOptions, LoadReport};
 use effdet_data::tfrecord::{self, ReadOptions};
 
 use crate::cli::SourceArgs;
@@ -74,7 +75,7 @@ pub fn load(args: &SourceArgs, part: Part) -> Result<Option<DetectionDataset>> {
     let (dataset, report) = if let Some(pattern) = pattern {
         load_records(pattern, json.as_deref())?
     } else if let (Some(json), Some(images)) = (json, images) {
-        coco::load(json, images)?
+        coco::load_with(json, images, &options(args))?
     } else if let Some(json) = json {
         bail!(
             "{} needs the folder of its images beside it: --val-images DIR",
@@ -85,14 +86,42 @@ pub fn load(args: &SourceArgs, part: Part) -> Result<Option<DetectionDataset>> {
         if !layout.splits.contains_key(split) && part == Part::Val && split == "val" {
             return Ok(None);
         }
-        layout.split(split)?.load()?
+        layout.split(split)?.load_with(&options(args))?
     } else {
         return Ok(None);
     };
-    warn(&dataset.name, "boxes cut to their image", &report.clipped);
-    warn(&dataset.name, "objects left out", &report.dropped);
-    warn(&dataset.name, "damaged records left out", &report.skipped);
+    warn_all(&dataset.name, &report);
     Ok(Some(dataset))
+}
+
+fn options(args: &SourceArgs) -> LoadOptions {
+    LoadOptions {
+        follow_links: args.follow_links,
+        ..LoadOptions::default()
+    }
+}
+
+/// The splits of `--data` by name, all of them unless some are named.
+pub fn load_splits(args: &SourceArgs, names: &[String]) -> Result<Vec<(String, DetectionDataset)>> {
+    let root = args.data.as_ref().context("name the data set with --data")?;
+    let layout = Layout::find(root)?;
+    let names = match names {
+        [] => layout.splits.keys().cloned().collect(),
+        names => names.to_vec(),
+    };
+    let load = |name: String| {
+        let (dataset, report) = layout.split(&name)?.load_with(&options(args))?;
+        warn_all(&dataset.name, &report);
+        Ok((name, dataset))
+    };
+    names.into_iter().map(load).collect()
+}
+
+fn warn_all(name: &str, report: &LoadReport) {
+    warn(name, "boxes cut to their image", &report.clipped);
+    warn(name, "objects left out", &report.dropped);
+    warn(name, "damaged records left out", &report.skipped);
+    warn(name, "remarks", &report.notes);
 }
 
 /// As [`load`], for commands that cannot do without.
