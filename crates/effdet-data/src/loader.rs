@@ -3,6 +3,9 @@
 //! Training reads an endless stream of samples: position p is example `permutation(pass)[p mod N]` of pass `p / N`, where the
 //! permutation is keyed by (seed, pass). So one number says where a run stands, whatever the batch size, and every example is
 //! seen once per pass. Evaluation reads the examples in order, once; its last batch may be smaller.
+//!
+//! Several ranks read the same stream: each takes its part of every batch in training ([`Shard::of`] of the batch), its part of the
+//! examples in evaluation. So the union of what the ranks read does not depend on their number.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -28,11 +31,33 @@ pub enum LoaderMode {
     Evaluate,
 }
 
+/// The part of the work that one of several ranks takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    /// Number of the rank, from 0.
+    pub rank: usize,
+    /// Number of ranks, at least 1.
+    pub ranks: usize,
+}
+
+impl Shard {
+    /// The whole, for a single rank.
+    pub const WHOLE: Self = Self { rank: 0, ranks: 1 };
+
+    /// This rank's part of `count` things: contiguous, in the order of the ranks, sizes that differ by one at most.
+    pub fn of(self, count: u64) -> std::ops::Range<u64> {
+        let (rank, ranks) = (self.rank as u64, self.ranks as u64);
+        count * rank / ranks..count * (rank + 1) / ranks
+    }
+}
+
 /// How a loader works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoaderConfig {
-    /// Images per batch.
+    /// Images per batch: of all ranks together in training, of this one in evaluation.
     pub batch_size: usize,
+    /// The part of this rank.
+    pub shard: Shard,
     /// Threads; 0 = prepare on the calling thread.
     pub workers: usize,
     /// Batches kept ready, beside the one that each worker is making.
@@ -201,7 +226,10 @@ impl Work {
     fn batch_count(&self) -> u64 {
         match self.config.mode {
             LoaderMode::Train { .. } => u64::MAX,
-            LoaderMode::Evaluate => self.dataset.examples.len().div_ceil(self.config.batch_size) as u64,
+            LoaderMode::Evaluate => {
+                let own = self.config.shard.of(self.dataset.examples.len() as u64);
+                (own.end - own.start).div_ceil(self.config.batch_size as u64)
+            }
         }
     }
 
@@ -238,14 +266,20 @@ impl Work {
         self.preparation.start(&mut batch);
         let size = self.config.batch_size as u64;
         let count = self.dataset.examples.len() as u64;
-        let (start, end) = match self.config.mode {
+        let (positions, end) = match self.config.mode {
             LoaderMode::Train { start_position } => {
                 let start = start_position + number * size;
-                (start, start + size)
+                let own = self.config.shard.of(size);
+                (start + own.start..start + own.end, start + size)
             }
-            LoaderMode::Evaluate => (number * size, ((number + 1) * size).min(count)),
+            LoaderMode::Evaluate => {
+                let own = self.config.shard.of(count);
+                let start = own.start + number * size;
+                let end = (start + size).min(own.end);
+                (start..end, end)
+            }
         };
-        for position in start..end {
+        for position in positions {
             let key = self.key(position);
             let example = &self.dataset.examples[key.index as usize];
             self.preparation
@@ -338,6 +372,17 @@ mod tests {
     }
 
     fn loader(dataset: &DetectionDataset, batch_size: usize, workers: usize, mode: LoaderMode) -> Loader {
+        let config = LoaderConfig {
+            batch_size,
+            shard: Shard::WHOLE,
+            workers,
+            prefetch: 3,
+            mode,
+        };
+        start(dataset, config)
+    }
+
+    fn start(dataset: &DetectionDataset, config: LoaderConfig) -> Loader {
         let preparation = Preparation {
             preprocess: PreprocessConfig::new(&hparams()),
             decode: Default::default(),
@@ -347,12 +392,6 @@ mod tests {
             seed: 7,
         };
         let anchors = Anchors::new(&AnchorConfig::from(&hparams())).unwrap();
-        let config = LoaderConfig {
-            batch_size,
-            workers,
-            prefetch: 3,
-            mode,
-        };
         Loader::new(
             Arc::new(dataset.clone()),
             preparation,
@@ -442,6 +481,66 @@ mod tests {
                 ids.extend(batch.image_ids);
             }
             assert_eq!(ids, [1, 2, 3, 4, 5]);
+        }
+    }
+
+    #[test]
+    fn ranks_read_the_batches_of_one_process_in_parts_that_make_the_whole() {
+        // Fewer images than ranks, a remainder in every batch, and batches that cross a pass.
+        for (images, ranks) in [(2, 3), (5, 2), (6, 4)] {
+            let data = dataset(images);
+            let mode = LoaderMode::Train { start_position: 1 };
+            let whole = take(&mut loader(&data, 5, 0, mode), 3);
+            let mut parts: Vec<Loader> = (0..ranks)
+                .map(|rank| {
+                    let config = LoaderConfig {
+                        batch_size: 5,
+                        shard: Shard { rank, ranks },
+                        workers: 1,
+                        prefetch: 1,
+                        mode,
+                    };
+                    start(&data, config)
+                })
+                .collect();
+            for batch in &whole {
+                let parts: Vec<Batch> = parts.iter_mut().flat_map(|part| take(part, 1)).collect();
+                let ids: Vec<i64> = parts.iter().flat_map(|part| part.image_ids.clone()).collect();
+                let pixels: Vec<f32> = parts.iter().flat_map(|part| part.images.clone()).collect();
+                assert_eq!((&ids, &pixels), (&batch.image_ids, &batch.images));
+                assert!(parts.iter().all(|part| part.end_position == batch.end_position));
+                assert!(
+                    parts
+                        .iter()
+                        .all(|part| [5 / ranks, 5usize.div_ceil(ranks)].contains(&part.len()))
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_evaluate_every_image_once_in_the_order_of_one_process() {
+        for (images, ranks) in [(5, 1), (5, 2), (5, 4), (2, 3)] {
+            let data = dataset(images);
+            let mut ids = Vec::new();
+            for rank in 0..ranks {
+                let config = LoaderConfig {
+                    batch_size: 2,
+                    shard: Shard { rank, ranks },
+                    workers: 1,
+                    prefetch: 1,
+                    mode: LoaderMode::Evaluate,
+                };
+                let mut loader = start(&data, config);
+                while let Some(batch) = loader.next_batch() {
+                    ids.extend(batch.unwrap().image_ids);
+                }
+            }
+            assert_eq!(
+                ids,
+                (1..=images as i64).collect::<Vec<_>>(),
+                "{images} on {ranks}"
+            );
         }
     }
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use effdet_data::batch::Preparation;
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::decode::DecodeOptions;
-use effdet_data::loader::{Loader, LoaderConfig, LoaderMode};
+use effdet_data::loader::{Loader, LoaderConfig, LoaderMode, Shard};
 use effdet_data::preprocess::PreprocessConfig;
+use effdet_dist::{ProcessGroup, SingleProcess};
 use effdet_metrics::{CocoSummary, Dataset, DetectionRow, EvalOptions, GroundTruth, ImageSet, evaluate};
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::detect::{Detection, postprocess_evaluation};
@@ -16,6 +17,7 @@ use effdet_model::label_map::LabelMap;
 use effdet_model::weights::Weights;
 
 use crate::error::TrainError;
+use crate::ranks::gather_detections;
 
 /// Largest encoded image that is read.
 pub const MAX_ENCODED_BYTES: u64 = 256 << 20;
@@ -75,9 +77,30 @@ impl Evaluator {
         weights: &Weights,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Evaluation, TrainError> {
+        self.run_on_ranks(engine, weights, &SingleProcess, progress)
+    }
+
+    /// The same with the images divided among the ranks of a group; every rank gets the whole outcome.
+    ///
+    /// # Errors
+    /// As [`Self::run`], and those of the group.
+    ///
+    /// # Determinism
+    /// The same bits for any number of ranks: each image is run once, and detections are put together in the order of the images.
+    pub fn run_on_ranks(
+        &self,
+        engine: &mut dyn Engine,
+        weights: &Weights,
+        group: &dyn ProcessGroup,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Evaluation, TrainError> {
         let anchors = Anchors::new(&AnchorConfig::from(&self.hparams))?;
         let config = LoaderConfig {
             batch_size: self.batch_size,
+            shard: Shard {
+                rank: group.rank(),
+                ranks: group.size(),
+            },
             workers: self.workers,
             prefetch: 1,
             mode: LoaderMode::Evaluate,
@@ -98,8 +121,11 @@ impl Evaluator {
             }
             done += batch.len();
             loader.recycle(batch);
-            progress(done, total);
+            // The other ranks are about as far.
+            progress((done * group.size()).min(total), total);
         }
+        progress(total, total);
+        let detections = gather_detections(group, detections)?;
         let summary = score(&self.dataset, &detections, self.only_images_with_detections)?;
         Ok(Evaluation { summary, detections })
     }

@@ -81,7 +81,7 @@ pub struct StepRecord {
     pub seconds: f64,
     /// Seconds spent waiting for data.
     pub wait_s: f64,
-    /// Images of the step.
+    /// Images of the step, those of all ranks together.
     pub images: usize,
 }
 

@@ -6,6 +6,7 @@ pub mod eval;
 pub mod events;
 pub mod modes;
 pub mod optimizer;
+mod ranks;
 pub mod schedule;
 pub mod sinks;
 pub mod trainer;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use effdet_ckpt::{CheckpointState, CheckpointStore, ClassEntry, Retention, Snapshot};
+use effdet_ckpt::{CheckpointState, CheckpointStore, ClassEntry, Retention, Snapshot, weights_hash};
 use effdet_data::dataset::DetectionDataset;
-use effdet_data::loader::{Loader, LoaderConfig, LoaderMode};
-use effdet_dist::ProcessGroup;
+use effdet_data::loader::{Loader, LoaderConfig, LoaderMode, Shard};
+use effdet_dist::{ProcessGroup, Wire, same_weights};
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
 use effdet_model::engine::{Engine, StepLosses, StepOptions};
@@ -23,14 +23,21 @@ use crate::eval::{Evaluation, Evaluator, preparation};
 use crate::events::{Event, EventSink, StepRecord};
 use crate::modes::EvaluationRule;
 use crate::optimizer::Optimizer;
+use crate::ranks::{broadcast_state, gather_ids, reduce_step};
 use crate::schedule::Schedule;
 
 /// How a run goes, beside its hyper-parameters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Images per micro-batch and rank.
+    /// Images per micro-batch and rank, with the number of ranks that the run was started with.
     pub batch_size: usize,
+    /// Ranks that the run was started with; other ranks that go on with it divide the same batches.
+    #[serde(default = "one")]
+    pub ranks: usize,
+    /// Send gradients between ranks in half precision.
+    #[serde(default)]
+    pub half_gradients: bool,
     /// Micro-batches of an update.
     pub accumulate: usize,
     /// Samples that make an epoch; none = the data set's size.
@@ -54,6 +61,13 @@ pub struct TrainConfig {
     /// Train on the first batch over and over.
     pub use_fake_data: bool,
 }
+
+fn one() -> usize {
+    1
+}
+
+/// Updates between two comparisons of the ranks' weights.
+const VERIFY_EVERY: u64 = 100;
 
 /// Stops a run that no longer improves.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -192,10 +206,17 @@ impl TrainState {
     }
 }
 
+impl TrainConfig {
+    /// Images of a micro-batch of all ranks.
+    pub fn global_batch(&self) -> usize {
+        self.batch_size * self.ranks
+    }
+}
+
 /// Updates per epoch: `ceil(examples / (batch·accumulate·ranks))`.
-pub fn steps_per_epoch(config: &TrainConfig, dataset_len: usize, ranks: usize) -> u64 {
+pub fn steps_per_epoch(config: &TrainConfig, dataset_len: usize) -> u64 {
     let examples = config.num_examples_per_epoch.unwrap_or(dataset_len as u64);
-    let per_step = (config.batch_size * config.accumulate * ranks).max(1) as u64;
+    let per_step = (config.global_batch() * config.accumulate).max(1) as u64;
     examples.div_ceil(per_step).max(1)
 }
 
@@ -209,8 +230,8 @@ pub struct Trainer<'c> {
 
 impl<'c> Trainer<'c> {
     /// A trainer for a data set of `dataset_len` images.
-    pub fn new(config: &'c TrainConfig, network: &Network, dataset_len: usize, ranks: usize) -> Self {
-        let steps_per_epoch = steps_per_epoch(config, dataset_len, ranks);
+    pub fn new(config: &'c TrainConfig, network: &Network, dataset_len: usize) -> Self {
+        let steps_per_epoch = steps_per_epoch(config, dataset_len);
         Self {
             config,
             schedule: Schedule::new(&network.hparams, steps_per_epoch),
@@ -228,13 +249,13 @@ impl<'c> Trainer<'c> {
         self.config.max_steps.unwrap_or(u64::MAX).min(total)
     }
 
-    /// Trains from `state` to the end of the schedule, or until asked to stop.
+    /// Trains from the `state` of rank 0 to the end of the schedule, or until any rank is asked to stop.
     ///
     /// # Errors
     /// [`TrainError`]; after a non-finite loss or gradient the state is that before the step.
     ///
     /// # Determinism
-    /// The same state, data and configuration give the same bits, whatever the threads, workers or restarts.
+    /// The same state, data, configuration and number of ranks give the same bits, whatever the threads, workers or restarts.
     pub fn run(
         &self,
         inputs: &mut RunInputs<'_>,
@@ -244,9 +265,21 @@ impl<'c> Trainer<'c> {
         let started = Instant::now();
         let store = CheckpointStore::new(&inputs.checkpoints);
         let total_steps = self.total_steps();
+        let (group, batch) = (inputs.group, self.config.global_batch());
+        if group.size() > batch {
+            return Err(TrainError::Config(format!(
+                "{} ranks share batches of {batch} images: start at most {batch} ranks, or a new run with a larger --batch-size",
+                group.size()
+            )));
+        }
+        broadcast_state(group, state)?;
         let anchors = Anchors::new(&AnchorConfig::from(&inputs.network.hparams))?;
         let loader_config = LoaderConfig {
-            batch_size: self.config.batch_size,
+            batch_size: batch,
+            shard: Shard {
+                rank: group.rank(),
+                ranks: group.size(),
+            },
             workers: self.config.workers,
             prefetch: 2,
             mode: LoaderMode::Train {
@@ -294,11 +327,11 @@ impl<'c> Trainer<'c> {
             let evaluate =
                 epoch_done && self.config.rule.evaluates_after(epochs) || last && self.config.rule.at_end();
             if let Some(evaluator) = inputs.evaluator.as_ref().filter(|_| evaluate) {
-                let result =
-                    evaluator.run(inputs.engine, state.evaluation_weights(), &mut |done, total| {
-                        // Progress is a courtesy: a sink's failure shows up at the next event that matters.
-                        let _ = emit(sinks, &Event::Evaluating { done, total });
-                    })?;
+                let weights = state.evaluation_weights();
+                let result = evaluator.run_on_ranks(inputs.engine, weights, group, &mut |done, total| {
+                    // Progress is a courtesy: a sink's failure shows up at the next event that matters.
+                    let _ = emit(sinks, &Event::Evaluating { done, total });
+                })?;
                 emit(
                     sinks,
                     &Event::Evaluated {
@@ -309,6 +342,9 @@ impl<'c> Trainer<'c> {
                 )?;
                 self.note_metric(state, &result);
                 evaluation = Some(result);
+            }
+            if group.size() > 1 && state.step.is_multiple_of(VERIFY_EVERY) {
+                same_weights(group, state.step, &weights_hash(&state.weights))?;
             }
             let stop_early = self.stops_early(state);
             let interrupted = inputs.group.any(inputs.stop.load(Ordering::Relaxed))?;
@@ -371,7 +407,8 @@ impl<'c> Trainer<'c> {
         let waited = loader.wait_us();
         let epoch = state.step / self.steps_per_epoch;
         let mut losses = StepLosses::default();
-        let mut images = 0;
+        let ranks = inputs.group.size();
+        let mut rank_share = 1.0;
         let mut ids = Vec::new();
         let mut position = state.sample_position;
         sum.fill(0.0);
@@ -393,15 +430,19 @@ impl<'c> Trainer<'c> {
                 inputs
                     .engine
                     .train_step(&mut state.weights, &batch.train_batch(), &options, gradients)?;
-            let share = 1.0 / self.config.accumulate as f32;
+            // Ranks may take parts of different sizes; every image counts the same.
+            let part_of_rank = batch.len() as f32 / self.config.global_batch() as f32;
+            let share = if ranks > 1 { part_of_rank } else { 1.0 } / self.config.accumulate as f32;
             losses.class_loss += share * part.class_loss;
             losses.box_loss += share * part.box_loss;
             losses.box_iou_loss += share * part.box_iou_loss;
             losses.det_loss += share * part.det_loss;
             if self.config.accumulate > 1 {
                 sum.iter_mut().zip(&*gradients).for_each(|(s, g)| *s += share * g);
+            } else if ranks > 1 {
+                gradients.iter_mut().for_each(|g| *g *= share);
             }
-            images += batch.len();
+            rank_share = part_of_rank;
             position = batch.end_position;
             ids.extend(&batch.image_ids);
             if self.config.use_fake_data {
@@ -415,10 +456,15 @@ impl<'c> Trainer<'c> {
         } else {
             gradients
         };
-        if inputs.group.size() > 1 {
-            inputs.group.all_reduce_sum(gradients)?;
-            let share = 1.0 / inputs.group.size() as f32;
-            gradients.iter_mut().for_each(|g| *g *= share);
+        if ranks > 1 {
+            let wire = if self.config.half_gradients {
+                Wire::F16
+            } else {
+                Wire::F32
+            };
+            let statistics = &mut state.weights.statistics;
+            statistics.iter_mut().for_each(|value| *value *= rank_share);
+            reduce_step(inputs.group, wire, gradients, &mut losses, statistics)?;
         }
         let update = state.optimizer.prepare(&state.weights, gradients);
         for (what, value) in [
@@ -431,7 +477,7 @@ impl<'c> Trainer<'c> {
                     step: state.step,
                     what,
                     value,
-                    images: ids,
+                    images: gather_ids(inputs.group, &ids)?,
                 });
             }
         }
@@ -457,7 +503,7 @@ impl<'c> Trainer<'c> {
             gradient_norm: update.gradient_norm,
             seconds: clock.elapsed().as_secs_f64(),
             wait_s: (loader.wait_us() - waited) as f64 * 1e-6,
-            images,
+            images: self.config.global_batch() * self.config.accumulate,
         })
     }
 

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use effdet_ckpt::{Checkpoint, CheckpointStore};
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::synthetic::{self, CLASS_NAMES, SyntheticConfig};
-use effdet_dist::{DistError, ProcessGroup, SingleProcess};
+use effdet_dist::threads::run_ranks;
+use effdet_dist::{ProcessGroup, SingleProcess};
 use effdet_model::engine::{
     Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, TraceSink,
     TrainBatch,
@@ -107,32 +108,6 @@ impl Engine for LinearModel {
     }
 }
 
-/// Two ranks that compute the same.
-struct Twins;
-
-impl ProcessGroup for Twins {
-    fn rank(&self) -> usize {
-        0
-    }
-
-    fn size(&self) -> usize {
-        2
-    }
-
-    fn all_reduce_sum(&self, values: &mut [f32]) -> Result<(), DistError> {
-        values.iter_mut().for_each(|value| *value *= 2.0);
-        Ok(())
-    }
-
-    fn broadcast(&self, _: &mut [f32], _: usize) -> Result<(), DistError> {
-        Ok(())
-    }
-
-    fn barrier(&self) -> Result<(), DistError> {
-        Ok(())
-    }
-}
-
 /// Asks a run to stop after a step, and notes what it hears.
 struct StopAfter {
     step: u64,
@@ -170,7 +145,6 @@ struct Scene {
     data: Arc<DetectionDataset>,
     label_map: LabelMap,
     engine: LinearModel,
-    group: Box<dyn ProcessGroup>,
     evaluated_images: u64,
     folder: tempfile::TempDir,
 }
@@ -196,6 +170,8 @@ impl Scene {
             network: Network::new(&hparams).unwrap(),
             config: TrainConfig {
                 batch_size: 2,
+                ranks: 1,
+                half_gradients: false,
                 accumulate: 2,
                 num_examples_per_epoch: None,
                 max_steps: None,
@@ -210,7 +186,6 @@ impl Scene {
             },
             data: images(0..IMAGES),
             label_map: LabelMap::from_names(CLASS_NAMES),
-            group: Box::new(SingleProcess),
             evaluated_images: 0,
             folder: tempfile::tempdir().unwrap(),
         }
@@ -221,6 +196,15 @@ impl Scene {
     }
 
     fn run(&mut self, state: &mut TrainState, stop_after: u64) -> (Result<Outcome, TrainError>, Vec<String>) {
+        self.run_as(&SingleProcess, state, stop_after)
+    }
+
+    fn run_as(
+        &mut self,
+        group: &dyn ProcessGroup,
+        state: &mut TrainState,
+        stop_after: u64,
+    ) -> (Result<Outcome, TrainError>, Vec<String>) {
         let flag = Arc::new(AtomicBool::new(false));
         let mut sink = StopAfter {
             step: stop_after,
@@ -241,11 +225,11 @@ impl Scene {
             train: Arc::clone(&self.data),
             evaluator,
             label_map: self.label_map.clone(),
-            group: &*self.group,
+            group,
             checkpoints: self.folder.path().to_path_buf(),
             stop: flag,
         };
-        let trainer = Trainer::new(&self.config, &self.network, self.data.examples.len(), 1);
+        let trainer = Trainer::new(&self.config, &self.network, self.data.examples.len());
         let outcome = trainer.run(&mut inputs, state, &mut [&mut sink]);
         (outcome, sink.heard)
     }
@@ -354,17 +338,6 @@ fn accumulated_micro_batches_equal_one_large_batch() {
 }
 
 #[test]
-fn gradients_are_averaged_over_ranks() {
-    let mut alone = Scene::new(|_| ());
-    let mut twins = Scene::new(|_| ());
-    twins.group = Box::new(Twins);
-    let (mut a, mut b) = (alone.start(), twins.start());
-    alone.run(&mut a, u64::MAX).0.unwrap();
-    twins.run(&mut b, u64::MAX).0.unwrap();
-    assert_eq!(a, b);
-}
-
-#[test]
 fn a_loss_or_gradient_that_is_no_number_stops_the_run_before_the_update() {
     for nan_in_gradient in [false, true] {
         let mut scene = Scene::new(|_| ());
@@ -462,4 +435,153 @@ fn a_checkpoint_of_another_optimiser_is_refused() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("adam_m"), "{error}");
+}
+
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Runs one scene per rank; every rank's final state, events and saved steps.
+fn on_ranks(size: usize, change: impl Fn(&mut TrainConfig) + Sync) -> Vec<(TrainState, Outcome, Vec<u64>)> {
+    run_ranks(size, DEADLINE, |group| {
+        let mut scene = Scene::new(|_| ());
+        change(&mut scene.config);
+        scene.evaluated_images = if scene.config.rule == EvaluationRule::Never {
+            0
+        } else {
+            5
+        };
+        // What rank 0 starts from counts.
+        let mut state = scene.start();
+        state.weights.trainable[0] += group.rank() as f32;
+        let outcome = scene.run_as(group, &mut state, u64::MAX).0.unwrap();
+        (state, outcome, scene.saved_steps())
+    })
+}
+
+#[test]
+fn ranks_that_share_a_batch_compute_what_one_process_does_and_agree_in_every_bit() {
+    let evaluated = EvaluationRule::Every(0);
+    let alone = on_ranks(1, |config| config.rule = evaluated);
+    // An even division, and batches of 2 on 2 ranks started as 1 each.
+    for (size, batch_size, ranks) in [(2, 2, 1), (2, 1, 2)] {
+        let together = on_ranks(size, |config| {
+            (config.rule, config.batch_size, config.ranks) = (evaluated, batch_size, ranks);
+        });
+        let (state, outcome, saved) = &together[0];
+        assert!(together.iter().all(|(other, ..)| other == state), "{size} ranks");
+        assert_eq!(
+            (saved, &together[1].2),
+            (&alone[0].2, &vec![]),
+            "rank 0 alone writes"
+        );
+        assert_eq!((state.step, state.sample_position), (6, 24));
+        let reference = &alone[0].0;
+        for i in [0, 100, 200] {
+            let (a, b) = (state.weights.trainable[i], reference.weights.trainable[i]);
+            assert!((a - b).abs() < 1e-6, "{a} and {b}");
+        }
+        let evaluation = outcome.evaluation.as_ref().unwrap();
+        let (rows, expected) = (
+            &evaluation.detections,
+            &alone[0].1.evaluation.as_ref().unwrap().detections,
+        );
+        let ids =
+            |rows: &[effdet_metrics::DetectionRow]| rows.iter().map(|row| row.image_id).collect::<Vec<_>>();
+        assert_eq!(ids(rows), ids(expected), "every image once, in order");
+    }
+}
+
+#[test]
+fn batches_that_do_not_divide_weigh_every_image_the_same() {
+    let change = |config: &mut TrainConfig| (config.batch_size, config.accumulate) = (3, 1);
+    let (alone, three) = (on_ranks(1, change), on_ranks(2, change));
+    for i in [0, 100, 200] {
+        let (a, b) = (three[0].0.weights.trainable[i], alone[0].0.weights.trainable[i]);
+        assert!((a - b).abs() < 1e-6, "{a} and {b}");
+    }
+    assert_eq!(three[0].0.sample_position, alone[0].0.sample_position);
+}
+
+#[test]
+fn ranks_repeat_their_bits_from_run_to_run() {
+    for half_gradients in [false, true] {
+        let run = || {
+            on_ranks(3, |config| {
+                (config.batch_size, config.half_gradients) = (4, half_gradients)
+            })
+        };
+        let (first, second) = (run(), run());
+        assert!(first.iter().zip(&second).all(|(a, b)| a.0 == b.0));
+    }
+}
+
+#[test]
+fn more_ranks_than_images_of_a_batch_are_refused() {
+    let errors = run_ranks(3, DEADLINE, |group| {
+        let mut scene = Scene::new(|_| ());
+        let mut state = scene.start();
+        scene
+            .run_as(group, &mut state, u64::MAX)
+            .0
+            .unwrap_err()
+            .to_string()
+    });
+    assert!(
+        errors.iter().all(|text| text.contains("at most 2 ranks")),
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn a_request_to_one_rank_stops_all_at_the_same_step_with_one_checkpoint() {
+    let results = run_ranks(2, DEADLINE, |group| {
+        let mut scene = Scene::new(|_| ());
+        let mut state = scene.start();
+        let stop_after = if group.rank() == 1 { 3 } else { u64::MAX };
+        let outcome = scene.run_as(group, &mut state, stop_after).0.unwrap();
+        (outcome.ending, outcome.step, scene.saved_steps())
+    });
+    assert_eq!(results[0], (Ending::Interrupted, 3, vec![3]));
+    assert_eq!(results[1], (Ending::Interrupted, 3, vec![]));
+}
+
+#[test]
+fn a_run_goes_on_with_fewer_ranks_at_the_right_sample() {
+    let cut = run_ranks(2, DEADLINE, |group| {
+        let mut scene = Scene::new(|_| ());
+        (scene.config.batch_size, scene.config.ranks) = (1, 2);
+        let mut state = scene.start();
+        scene.run_as(group, &mut state, 3).0.unwrap();
+        (group.rank() == 0).then(|| scene.latest())
+    });
+    let checkpoint = cut.into_iter().next().flatten().unwrap();
+    let mut scene = Scene::new(|_| ());
+    (scene.config.batch_size, scene.config.ranks) = (1, 2);
+    let mut state = TrainState::from_checkpoint(&scene.network, checkpoint).unwrap();
+    assert_eq!((state.step, state.sample_position), (3, 12));
+    scene.run(&mut state, u64::MAX).0.unwrap();
+    let alone = &on_ranks(1, |_| ())[0].0;
+    assert_eq!(
+        (state.step, state.sample_position),
+        (alone.step, alone.sample_position)
+    );
+    for i in [0, 100, 200] {
+        let (a, b) = (state.weights.trainable[i], alone.weights.trainable[i]);
+        assert!((a - b).abs() < 1e-6, "{a} and {b}");
+    }
+}
+
+#[test]
+fn a_loss_of_one_rank_that_is_no_number_stops_all_with_the_images_of_all() {
+    let errors = run_ranks(2, DEADLINE, |group| {
+        let mut scene = Scene::new(|_| ());
+        (scene.engine.nan_at, scene.engine.nan_in_gradient) = ((group.rank() == 1).then_some(3), false);
+        let mut state = scene.start();
+        scene.run_as(group, &mut state, u64::MAX).0.unwrap_err()
+    });
+    for error in errors {
+        let TrainError::NonFinite { step, images, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!((*step, images.len()), (1, 4));
+    }
 }

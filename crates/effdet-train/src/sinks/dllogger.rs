@@ -41,7 +41,7 @@ pub struct DlLogger {
     started: Instant,
     total_steps: u64,
     last_logged: u64,
-    /// Since the last line: steps, seconds, images of this rank.
+    /// Since the last line: steps, seconds, images of all ranks.
     pending: (u64, f64, f64),
     /// `(fps, latency)` of each line.
     speeds: Vec<(f64, f64)>,
@@ -154,7 +154,7 @@ impl EventSink for DlLogger {
                     return Ok(());
                 }
                 let (_, latency, images) = std::mem::take(&mut self.pending);
-                let fps = self.ranks * images / latency.max(1e-9);
+                let fps = images / latency.max(1e-9);
                 self.speeds.push((fps, latency));
                 let steps = [self.last_logged, record.step];
                 self.last_logged = record.step;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{EngineArgs, SourceArgs};
+use super::{EngineArgs, RankArgs, SourceArgs};
 
 /// Options of `eval`.
 #[derive(Debug, Clone, Args)]
@@ -34,7 +34,9 @@ pub struct EvalArgs {
     pub source: SourceArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
-    /// Images per step.
+    #[command(flatten)]
+    pub ranks: RankArgs,
+    /// Images per step and rank.
     #[arg(long, short, default_value_t = 8, alias = "batch_size")]
     pub batch_size: usize,
     /// Images to evaluate on, at most.

@@ -6,12 +6,14 @@ mod data;
 mod eval;
 mod infer;
 mod inspect;
+mod ranks;
 mod train;
 
 pub use data::{ConvertFormat, DataArgs, DataCommand};
 pub use eval::EvalArgs;
 pub use infer::InferArgs;
 pub use inspect::{InspectArgs, InspectCommand};
+pub use ranks::RankArgs;
 pub use train::{EngineArgs, ModelArgs, SourceArgs, TrainArgs};
 
 use clap::{Args, Parser, Subcommand};

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::RankArgs;
+
 /// Which network.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
@@ -90,6 +92,8 @@ pub struct TrainArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
+    #[command(flatten)]
+    pub ranks: RankArgs,
     /// Where checkpoints, logs and pictures go; default: runs/NAME-N, never an existing one.
     #[arg(
         long,
@@ -102,7 +106,7 @@ pub struct TrainArgs {
     /// Go on from the newest checkpoint of --run-dir.
     #[arg(long)]
     pub resume: bool,
-    /// Images per step.
+    /// Images per step and rank.
     #[arg(long, short, value_name = "N", alias = "batch_size")]
     pub batch_size: Option<usize>,
     /// Images per evaluation step.
@@ -111,6 +115,9 @@ pub struct TrainArgs {
     /// Micro-batches whose gradients are added up before one update.
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub accumulate: usize,
+    /// Send gradients between ranks in half precision.
+    #[arg(long)]
+    pub half_gradients: bool,
     /// Length of the schedule in epochs.
     #[arg(long, value_name = "N", alias = "num-epochs", alias = "num_epochs")]
     pub epochs: Option<f64>,

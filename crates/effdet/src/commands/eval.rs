@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::Write;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use effdet_ckpt::weights_hash;
 use effdet_data::coco::{ResultRow, read_results, write_results};
 use effdet_metrics::{CocoSummary, Dataset, DetectionRow, EvalOptions, ImageSet, evaluate};
 use effdet_train::eval::Evaluator;
@@ -17,6 +19,7 @@ use super::engine::cpu_engine;
 use super::ground_truth;
 use super::model::apply_overrides;
 use super::progress::Progress;
+use super::ranks::{self, Job};
 use super::sources::{self, Part};
 use crate::cli::EvalArgs;
 
@@ -28,12 +31,19 @@ struct Scored {
 }
 
 /// Scores a checkpoint on a data set, or a results file on its ground truth.
-pub fn run(args: &EvalArgs) -> Result<()> {
+pub fn run(args: &EvalArgs) -> Result<ExitCode> {
+    ranks::run(&args.ranks, |job| report(args, job).map(|()| ExitCode::SUCCESS))
+}
+
+fn report(args: &EvalArgs, job: &Job<'_>) -> Result<()> {
     let scored = match (&args.results, &args.ground_truth, &args.checkpoint) {
         (Some(results), Some(truth), _) => score_file(results, truth, args.only_images_with_detections)?,
-        (_, _, Some(checkpoint)) => score_checkpoint(checkpoint, args)?,
+        (_, _, Some(checkpoint)) => score_checkpoint(checkpoint, args, job)?,
         _ => bail!("give --checkpoint with data, or --results with --ground-truth"),
     };
+    if !job.is_root() {
+        return Ok(());
+    }
     for warning in &scored.summary.warnings {
         eprintln!("warning: {warning}");
     }
@@ -87,7 +97,7 @@ fn score_file(results: &Path, truth: &Path, only_images_with_detections: bool) -
     })
 }
 
-fn score_checkpoint(checkpoint: &Path, args: &EvalArgs) -> Result<Scored> {
+fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result<Scored> {
     let mut trained = Trained::open(checkpoint)?;
     apply_overrides(&mut trained.hparams, &args.hparams)?;
     let mut dataset = sources::require(&args.source, Part::Val)?;
@@ -97,7 +107,10 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs) -> Result<Scored> {
     check_categories(&trained, &dataset)?;
     let network = trained.network()?;
     let weights = trained.weights(&network, args.raw_weights)?;
-    let mut engine = cpu_engine(&network, &args.engine)?;
+    ranks::verify_evaluation(job, &weights_hash(&weights), &dataset)?;
+    let mut engine_args = args.engine.clone();
+    engine_args.threads = job.threads(args.engine.threads);
+    let mut engine = cpu_engine(&network, &engine_args)?;
     let names = (dataset.categories.iter())
         .map(|category| (i64::from(category.id.0), category.name.clone()))
         .collect();
@@ -109,14 +122,17 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs) -> Result<Scored> {
         workers: 1,
         only_images_with_detections: args.only_images_with_detections,
     };
-    let mut progress = Progress::new(evaluator.dataset.examples.len() as u64, "images");
+    let images = evaluator.dataset.examples.len() as u64;
+    let mut progress = job.is_root().then(|| Progress::new(images, "images"));
     let mut shown = 0;
-    let evaluation = evaluator.run(&mut engine, &weights, &mut |done, _| {
-        progress.advance((done - shown) as u64);
+    let evaluation = evaluator.run_on_ranks(&mut engine, &weights, job.group, &mut |done, _| {
+        if let Some(progress) = &mut progress {
+            progress.advance((done - shown) as u64);
+        }
         shown = done;
     })?;
     drop(progress);
-    if let Some(path) = &args.save_results {
+    if let Some(path) = args.save_results.as_ref().filter(|_| job.is_root()) {
         let rows: Vec<ResultRow> = (evaluation.detections.iter())
             .map(|row| ResultRow {
                 image_id: row.image_id,

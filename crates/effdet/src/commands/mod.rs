@@ -16,6 +16,7 @@ mod model;
 mod pretrained;
 mod progress;
 mod quickstart;
+mod ranks;
 mod report;
 mod run_config;
 mod sources;
@@ -34,7 +35,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Bench(args) => bench::run(&args.command)?,
         Command::Data(args) => data::run(&args.command)?,
-        Command::Eval(args) => eval::run(&args)?,
+        Command::Eval(args) => return eval::run(&args),
         Command::Infer(args) => return infer::run(&args),
         Command::Inspect(args) => inspect(&args.command)?,
         Command::Completions { shell } => {

@@ -26,7 +26,7 @@ const MAX_OBJECTS: u64 = 3;
 const MAX_LEVEL: usize = 5;
 
 /// Configuration of the quickstart; options given on the command line win.
-pub fn configure(args: &TrainArgs) -> Result<RunConfig> {
+pub fn configure(args: &TrainArgs, ranks: usize) -> Result<RunConfig> {
     let mut hparams = resolve_hparams(&args.model, "d0")?;
     if args.model.num_classes.is_none() {
         hparams.num_classes = CLASS_NAMES.len();
@@ -50,7 +50,8 @@ pub fn configure(args: &TrainArgs) -> Result<RunConfig> {
         smallest_radius: SMALLEST_RADIUS,
     };
     let rule = EvaluationRule::Every(args.eval_every.unwrap_or(0));
-    run_config(args, hparams, data, args.batch_size.unwrap_or(BATCH_SIZE), rule)
+    let batch_size = args.batch_size.unwrap_or(BATCH_SIZE);
+    run_config(args, hparams, data, (batch_size, ranks), rule)
 }
 
 /// What to try after the quickstart.

@@ -26,11 +26,11 @@ const SAMPLES: usize = 8;
 const SAMPLE_THRESHOLD: f32 = 0.4;
 
 /// The logs of a run; those of a resumed run are continued behind `step`.
-pub fn logs(args: &TrainArgs, run_dir: &Path, step: u64) -> Result<Vec<Box<dyn EventSink>>> {
+pub fn logs(args: &TrainArgs, run_dir: &Path, step: u64, ranks: usize) -> Result<Vec<Box<dyn EventSink>>> {
     let dllogger = DlLoggerConfig {
         path: run_dir.join(&args.log_filename),
         log_steps: args.log_steps,
-        ranks: 1,
+        ranks,
     };
     Ok(vec![
         Box::new(DlLogger::open(&dllogger)?),

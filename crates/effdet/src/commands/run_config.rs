@@ -137,8 +137,8 @@ pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
     Ok(LabelMap::new(Indexing::Contiguous, categories)?)
 }
 
-/// Configuration of a run on the user's data, and that data.
-pub fn configure(args: &TrainArgs) -> Result<(RunConfig, RunData)> {
+/// Configuration of a run of `ranks` processes on the user's data, and that data.
+pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)> {
     let mut hparams = resolve_hparams(&args.model, "d0")?;
     let source = DataConfig::Files(sources::absolute(&args.source)?);
     let data = source.load(args.eval_samples)?;
@@ -154,7 +154,7 @@ pub fn configure(args: &TrainArgs) -> Result<(RunConfig, RunData)> {
         };
     }
     // The published rates are per 64 images.
-    let rate = 0.08 * (batch_size * args.accumulate.max(1)) as f64 / 64.0;
+    let rate = 0.08 * (batch_size * args.accumulate.max(1) * ranks) as f64 / 64.0;
     (hparams.learning_rate, hparams.lr_warmup_init) = (rate, rate / 100.0);
     apply_overrides(&mut hparams, &args.model.hparams)?;
     apply_schedule(args, &mut hparams);
@@ -182,7 +182,7 @@ pub fn configure(args: &TrainArgs) -> Result<(RunConfig, RunData)> {
         Some("train300") => EvaluationRule::Train300,
         Some(other) => bail!("--training-mode {other:?}: known modes are train, traineval and train300"),
     };
-    let config = run_config(args, hparams, source, batch_size, rule)?;
+    let config = run_config(args, hparams, source, (batch_size, ranks), rule)?;
     Ok((config, data))
 }
 
@@ -207,12 +207,14 @@ pub fn run_config(
     args: &TrainArgs,
     hparams: HParams,
     data: DataConfig,
-    batch_size: usize,
+    (batch_size, ranks): (usize, usize),
     rule: EvaluationRule,
 ) -> Result<RunConfig> {
     Ok(RunConfig {
         train: TrainConfig {
             batch_size,
+            ranks,
+            half_gradients: args.half_gradients,
             accumulate: args.accumulate.max(1),
             num_examples_per_epoch: args.num_examples_per_epoch,
             max_steps: args.max_steps.or(args.benchmark.then_some(args.benchmark_steps)),

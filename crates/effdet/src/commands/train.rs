@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use effdet_ckpt::{CheckpointStore, load_backbone, weights_hash};
-use effdet_dist::SingleProcess;
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -19,6 +18,7 @@ use effdet_train::trainer::{Ending, Outcome, RunInputs, TrainState, Trainer};
 
 use super::engine::cpu_engine;
 use super::pretrained::{load_pretrained, print_match};
+use super::ranks::{self, Job, from_root};
 use super::run_config::{RunConfig, RunData, configure, label_map_of};
 use super::terminal::Terminal;
 use super::{quickstart, report, sources};
@@ -33,40 +33,54 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     if args.amp == Some(true) {
         bail!("--amp: half precision is not available on this engine yet; leave the option out");
     }
-    if args.resume {
-        return resume(args);
-    }
+    ranks::run(&args.ranks, |job| match args.resume {
+        true => resume(args, job),
+        false => start(args, job),
+    })
+}
+
+/// Starts a run.
+fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     let given = sources::is_given(&args.source);
+    let ranks = job.group.size();
     let (config, data) = if given {
-        configure(args)?
+        configure(args, ranks)?
     } else {
-        let config = quickstart::configure(args)?;
+        let config = quickstart::configure(args, ranks)?;
         let data = config.data.load(config.eval_samples)?;
         (config, data)
     };
+    let label_map = label_map_of(&data.train)?;
+    ranks::verify(job, &config, &data, &label_map)?;
     if args.dry_run {
-        write!(std::io::stdout(), "{}", toml::to_string(&config)?)?;
+        if job.is_root() {
+            write!(std::io::stdout(), "{}", toml::to_string(&config)?)?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
-    let label_map = label_map_of(&data.train)?;
     let network = Arc::new(Network::new(&config.hparams)?);
     let mut weights = Weights::init(&network.variables, config.train.seed);
-    if let Some(path) = &args.backbone_init {
+    // The other ranks receive what rank 0 has.
+    if let Some(path) = args.backbone_init.as_ref().filter(|_| job.is_root()) {
         let report = load_backbone(path, &network.variables, &mut weights)?;
         print_match(&format!("backbone from {}", path.display()), &report);
     }
-    if let Some(path) = &args.pretrained_ckpt {
+    if let Some(path) = args.pretrained_ckpt.as_ref().filter(|_| job.is_root()) {
         let report = load_pretrained(path, &network, &mut weights)?;
         print_match(&format!("weights from {}", path.display()), &report);
     }
     let state = TrainState::new(&network, weights)?;
     let name = if given { &config.hparams.name } else { "quickstart" };
-    let run_dir = new_run_dir(args.run_dir.as_deref(), name)?;
-    let file = run_dir.join(CONFIG_FILE);
-    fs::write(&file, toml::to_string(&config)?)
-        .with_context(|| format!("cannot write {}", file.display()))?;
-    let ending = execute(args, &config, data, label_map, &network, state, &run_dir)?;
-    if !given && ending == Ending::Complete {
+    let run_dir = from_root(job, || {
+        let run_dir = new_run_dir(args.run_dir.as_deref(), name)?;
+        let file = run_dir.join(CONFIG_FILE);
+        fs::write(&file, toml::to_string(&config)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(run_dir.to_string_lossy().into_owned().into_bytes())
+    })?;
+    let run_dir = PathBuf::from(String::from_utf8(run_dir)?);
+    let ending = execute(args, job, &config, data, label_map, &network, state, &run_dir)?;
+    if !given && ending == Ending::Complete && job.is_root() {
         quickstart::next_steps(&run_dir)?;
     }
     exit_code(ending, &run_dir)
@@ -74,23 +88,30 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
 
 fn exit_code(ending: Ending, run_dir: &Path) -> Result<ExitCode> {
     if ending == Ending::Interrupted {
-        eprintln!(
-            "interrupted; go on with: effdet train --resume --run-dir {}",
-            run_dir.display()
-        );
+        if ranks::speaks() {
+            eprintln!(
+                "interrupted; go on with: effdet train --resume --run-dir {}",
+                run_dir.display()
+            );
+        }
         return Ok(ExitCode::from(130));
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Goes on with a run by its own configuration.
-fn resume(args: &TrainArgs) -> Result<ExitCode> {
+fn resume(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     refuse_changes(args)?;
-    let run_dir = match &args.run_dir {
-        Some(dir) => dir.clone(),
-        None => newest_run(args)?,
-    };
-    let mut config = read_config(&run_dir)?;
+    // Rank 0 decides what is resumed, so that the others need not see its folder.
+    let found = from_root(job, || {
+        let run_dir = match &args.run_dir {
+            Some(dir) => dir.clone(),
+            None => newest_run(args)?,
+        };
+        let config = read_config(&run_dir)?;
+        Ok(toml::to_string(&Found { run_dir, config })?.into_bytes())
+    })?;
+    let Found { run_dir, mut config } = toml::from_str(std::str::from_utf8(&found)?)?;
     // What may change without changing the numbers, or is asked for on purpose.
     if let Some(workers) = args.workers {
         config.train.workers = workers;
@@ -98,8 +119,35 @@ fn resume(args: &TrainArgs) -> Result<ExitCode> {
     config.train.max_steps = args.max_steps;
     let data = config.data.load(config.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
+    ranks::verify(job, &config, &data, &label_map)?;
     let network = Arc::new(Network::new(&config.hparams)?);
-    let latest = CheckpointStore::new(&run_dir).load_latest(&network.variables)?;
+    let state = match job.is_root() {
+        true => load_state(&run_dir, &network, &data)?,
+        // Rank 0 sends what it has.
+        false => TrainState::new(&network, Weights::zeros(&network.variables))?,
+    };
+    let (started, ranks) = (config.train.ranks, job.group.size());
+    if started != ranks && job.is_root() {
+        eprintln!(
+            "started with {started} ranks, going on with {ranks}: batches stay {} images, schedule and order of samples stay \
+             as they are; sums of gradients round differently",
+            config.train.global_batch() * config.train.accumulate
+        );
+    }
+    let ending = execute(args, job, &config, data, label_map, &network, state, &run_dir)?;
+    exit_code(ending, &run_dir)
+}
+
+/// What rank 0 tells the others about the run that goes on.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Found {
+    run_dir: PathBuf,
+    config: RunConfig,
+}
+
+/// The state of the newest complete checkpoint.
+fn load_state(run_dir: &Path, network: &Network, data: &RunData) -> Result<TrainState> {
+    let latest = CheckpointStore::new(run_dir).load_latest(&network.variables)?;
     for bad in &latest.passed_over {
         eprintln!("warning: passed over {}: {}", bad.path.display(), bad.error);
     }
@@ -117,9 +165,7 @@ fn resume(args: &TrainArgs) -> Result<ExitCode> {
         );
     }
     eprintln!("resuming {} at step {}", run_dir.display(), checkpoint.state.step);
-    let state = TrainState::from_checkpoint(&network, checkpoint)?;
-    let ending = execute(args, &config, data, label_map, &network, state, &run_dir)?;
-    exit_code(ending, &run_dir)
+    Ok(TrainState::from_checkpoint(network, checkpoint)?)
 }
 
 fn read_config(run_dir: &Path) -> Result<RunConfig> {
@@ -187,8 +233,10 @@ fn newest_run(args: &TrainArgs) -> Result<PathBuf> {
 }
 
 /// Trains, reports and says where everything is.
+#[expect(clippy::too_many_arguments, reason = "everything that makes a run")]
 fn execute(
     args: &TrainArgs,
+    job: &Job<'_>,
     config: &RunConfig,
     data: RunData,
     label_map: LabelMap,
@@ -196,18 +244,27 @@ fn execute(
     mut state: TrainState,
     run_dir: &Path,
 ) -> Result<Ending> {
-    let mut engine = cpu_engine(network, &args.engine)?;
-    let trainer = Trainer::new(&config.train, network, data.train.examples.len(), 1);
-    if !args.quiet {
+    let mut engine_args = args.engine.clone();
+    engine_args.threads = job.threads(args.engine.threads);
+    let mut engine = cpu_engine(network, &engine_args)?;
+    let trainer = Trainer::new(&config.train, network, data.train.examples.len());
+    let quiet = args.quiet || !job.is_root();
+    let ranks = job.group.size();
+    if !quiet {
         eprintln!(
-            "{} at {}, {} classes, {} trainable values; {} training and {} held-out images; batch {}, {} steps; {} threads, {}; {}",
+            "{} at {}, {} classes, {} trainable values; {} training and {} held-out images; {}batch {}, {} steps; {} threads, {}; {}",
             config.hparams.name,
             config.hparams.image_size,
             config.hparams.num_classes,
             network.variables.trainable_len(),
             data.train.examples.len(),
             data.val.as_ref().map_or(0, |val| val.examples.len()),
-            config.train.batch_size * config.train.accumulate,
+            if ranks > 1 {
+                format!("{ranks} ranks; ")
+            } else {
+                String::new()
+            },
+            config.train.global_batch() * config.train.accumulate,
             trainer.total_steps(),
             engine.threads(),
             engine.isa(),
@@ -229,16 +286,22 @@ fn execute(
         train: data.train,
         evaluator,
         label_map: label_map.clone(),
-        group: &SingleProcess,
+        group: job.group,
         checkpoints: run_dir.to_path_buf(),
         stop,
     };
-    let mut terminal = Terminal::new(args.quiet);
-    let mut logs = report::logs(args, run_dir, state.step)?;
+    let mut terminal = Terminal::new(quiet);
+    let mut logs = match job.is_root() {
+        true => report::logs(args, run_dir, state.step, ranks)?,
+        false => Vec::new(),
+    };
     let mut sinks: Vec<&mut dyn EventSink> = vec![&mut terminal];
     sinks.extend(logs.iter_mut().map(|sink| &mut **sink as &mut dyn EventSink));
     let outcome = trainer.run(&mut inputs, &mut state, &mut sinks)?;
     drop(inputs);
+    if !job.is_root() {
+        return Ok(outcome.ending);
+    }
     if outcome.ending != Ending::Interrupted && config.train.rule.at_end() {
         if let Some(evaluation) = &outcome.evaluation {
             report::write_detections(&evaluation.detections, &run_dir.join("detections.json"))?;

@@ -1,0 +1,133 @@
+//! What a step, an evaluation and the start of a run exchange between ranks.
+
+use effdet_dist::{DistError, ProcessGroup, Wire};
+use effdet_metrics::DetectionRow;
+use effdet_model::engine::StepLosses;
+
+use crate::trainer::TrainState;
+
+/// Gives every rank the state of rank 0.
+///
+/// # Errors
+/// Those of the group.
+pub fn broadcast_state(group: &dyn ProcessGroup, state: &mut TrainState) -> Result<(), DistError> {
+    if group.size() == 1 {
+        return Ok(());
+    }
+    let mut words = [
+        state.step,
+        state.sample_position,
+        state.stale,
+        u64::from(state.best.is_some()),
+        state.best.unwrap_or_default().to_bits(),
+    ];
+    group.broadcast(bytemuck::cast_slice_mut(&mut words), 0)?;
+    let [step, sample_position, stale, has_best, best] = words;
+    (state.step, state.sample_position, state.stale) = (step, sample_position, stale);
+    state.best = (has_best != 0).then(|| f64::from_bits(best));
+    for weights in std::iter::once(&mut state.weights).chain(&mut state.average) {
+        group.broadcast_f32(&mut weights.trainable, 0)?;
+        group.broadcast_f32(&mut weights.statistics, 0)?;
+    }
+    for (_, slot) in state.optimizer.slots_mut() {
+        group.broadcast_f32(slot, 0)?;
+    }
+    Ok(())
+}
+
+/// Adds up gradients, losses and batch-norm statistics, each already multiplied by the share of its rank.
+///
+/// Statistics are averaged in every step, which a moving average allows: it is linear. So every rank holds the same state at any
+/// time, and what is evaluated and saved is no single rank's.
+///
+/// # Errors
+/// Those of the group.
+pub fn reduce_step(
+    group: &dyn ProcessGroup,
+    wire: Wire,
+    gradients: &mut [f32],
+    losses: &mut StepLosses,
+    statistics: &mut [f32],
+) -> Result<(), DistError> {
+    group.all_reduce_sum(gradients, wire)?;
+    let mut small = statistics.to_vec();
+    small.extend([
+        losses.class_loss,
+        losses.box_loss,
+        losses.box_iou_loss,
+        losses.det_loss,
+    ]);
+    group.all_reduce_sum(&mut small, Wire::F32)?;
+    let (reduced, sums) = small.split_at(statistics.len());
+    statistics.copy_from_slice(reduced);
+    *losses = StepLosses {
+        class_loss: sums[0],
+        box_loss: sums[1],
+        box_iou_loss: sums[2],
+        det_loss: sums[3],
+    };
+    Ok(())
+}
+
+/// Numbers of all ranks in their order: image ids of a step.
+///
+/// # Errors
+/// Those of the group.
+pub fn gather_ids(group: &dyn ProcessGroup, ids: &[i64]) -> Result<Vec<i64>, DistError> {
+    let all = group.all_gather(bytemuck::cast_slice(ids))?;
+    Ok(all
+        .iter()
+        .flat_map(|bytes| words(bytes).map(i64::from_ne_bytes))
+        .collect())
+}
+
+/// Detections of all ranks in their order.
+///
+/// # Errors
+/// Those of the group.
+pub fn gather_detections(
+    group: &dyn ProcessGroup,
+    rows: Vec<DetectionRow>,
+) -> Result<Vec<DetectionRow>, DistError> {
+    if group.size() == 1 {
+        return Ok(rows);
+    }
+    let mut bytes = Vec::with_capacity(rows.len() * WORDS * 8);
+    for row in &rows {
+        let [x, y, w, h] = row.bbox_xywh_px.map(f64::to_bits);
+        let record: [u64; WORDS] = [
+            row.image_id as u64,
+            row.category_id as u64,
+            x,
+            y,
+            w,
+            h,
+            row.score.to_bits(),
+        ];
+        bytes.extend_from_slice(bytemuck::cast_slice(&record));
+    }
+    drop(rows);
+    let all = group.all_gather(&bytes)?;
+    Ok(all
+        .iter()
+        .flat_map(|bytes| bytes.chunks_exact(8 * WORDS).map(row))
+        .collect())
+}
+
+/// Words of a detection on its way.
+const WORDS: usize = 7;
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 8]> {
+    bytes.as_chunks::<8>().0.iter().copied()
+}
+
+fn row(bytes: &[u8]) -> DetectionRow {
+    let mut words = words(bytes).map(u64::from_ne_bytes);
+    let mut next = || words.next().unwrap_or_default();
+    DetectionRow {
+        image_id: next() as i64,
+        category_id: next() as i64,
+        bbox_xywh_px: std::array::from_fn(|_| f64::from_bits(next())),
+        score: f64::from_bits(next()),
+    }
+}
