@@ -13,7 +13,7 @@ use super::run_config::{DataConfig, RunConfig, apply_schedule, run_config};
 use crate::cli::TrainArgs;
 
 /// Enough images for held-out AP above 0.8, few enough for some minutes on two cores.
-const TRAIN_IMAGES: u64 = 800;
+const TRAIN_IMAGES: u64 = 1200;
 const VAL_IMAGES: u64 = 100;
 const IMAGE_SIZE: usize = 128;
 const BATCH_SIZE: usize = 8;
