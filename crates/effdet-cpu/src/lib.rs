@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod engine;
+pub mod inference;
 pub mod kernels;
 pub mod math;
 pub mod memory;

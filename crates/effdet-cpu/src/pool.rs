@@ -11,9 +11,9 @@ use std::thread::{self, JoinHandle, Thread};
 
 use crate::arena::AlignedBuf;
 
-/// How often an idle worker looks for work before it parks: some tens of microseconds, longer than the serial stretch
-/// between two kernels.
-const SPINS_BEFORE_PARKING: u32 = 4_000;
+/// How often an idle worker looks for work before it parks: a hundred microseconds, longer than the serial stretch between
+/// two kernels.
+const SPINS_BEFORE_PARKING: u32 = 10_000;
 
 /// How often the caller looks whether the last tasks are done before it gives its time slice away.
 const SPINS_BEFORE_YIELDING: u32 = 2_000;

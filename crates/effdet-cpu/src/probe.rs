@@ -20,6 +20,8 @@ pub enum Stage {
     ClassHead,
     /// Box head with its loss.
     BoxHead,
+    /// Both heads, which inference runs together.
+    Heads,
 }
 
 /// What a kernel does.
@@ -39,6 +41,8 @@ pub enum Kernel {
     Depthwise,
     /// Both gradients of a depthwise convolution.
     DepthwiseBackward,
+    /// Depthwise convolution with the layers before and after it, in one pass.
+    FusedDepthwise,
     /// Pooling and gate of squeeze-and-excitation.
     SqueezeExcite,
     /// Its gradients.
@@ -62,6 +66,7 @@ impl fmt::Display for Stage {
             Self::Pyramid => f.write_str("pyramid"),
             Self::ClassHead => f.write_str("class head"),
             Self::BoxHead => f.write_str("box head"),
+            Self::Heads => f.write_str("heads"),
         }
     }
 }
@@ -76,6 +81,7 @@ impl fmt::Display for Kernel {
             Self::PointwiseBackward => "pointwise, backward",
             Self::Depthwise => "depthwise",
             Self::DepthwiseBackward => "depthwise, backward",
+            Self::FusedDepthwise => "depthwise, fused",
             Self::SqueezeExcite => "squeeze-excite",
             Self::SqueezeExciteBackward => "squeeze-excite, backward",
             Self::Fuse => "fusion",

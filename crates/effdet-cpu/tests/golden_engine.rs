@@ -2,6 +2,7 @@
 //! against itself on every instruction set and number of threads.
 
 mod common;
+mod plan;
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! The CPU engine: the whole network composed of the kernels, for training and inference.
+//! The CPU engine: the whole network composed of the kernels, for training and tracing; inference has its own
+//! [plan](crate::inference).
 //!
 //! A step runs backbone → pyramid → class head with its loss and backward pass → box head with its own → pyramid backward →
 //! backbone backward. The heads share their buffers, so the logits of all classes exist once and become their own gradient.
@@ -15,8 +16,8 @@ use std::sync::Arc;
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::IGNORED;
 use effdet_model::engine::{
-    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, Targets,
-    TraceSink, TrainBatch,
+    Engine, EngineError, HeadOutputs, ImageBatch, Mode, StepLosses, StepOptions, Targets, TraceSink,
+    TrainBatch,
 };
 use effdet_model::hparams::{ActType, IouLossKind};
 use effdet_model::loss::LossError;
@@ -30,6 +31,7 @@ use self::heads::{Heads, Which};
 use self::pass::{Clock, Gradients, Pass, Statistics};
 use self::timeline::{Step, Timeline};
 use crate::arena::{AlignedBuf, Lifetime};
+use crate::inference::Plan;
 use crate::kernels::Executor;
 use crate::kernels::depthwise::DepthwisePlan;
 use crate::kernels::loss::{self, Focal, HeadRows, Huber};
@@ -60,7 +62,9 @@ pub struct CpuEngine {
     executor: Executor,
     anchors: Anchors,
     training: Option<Layers>,
-    inference: Option<Layers>,
+    /// Layers whose outputs can all be named.
+    traced: Option<Layers>,
+    inference: Option<Plan>,
 }
 
 /// All layers with their buffers for one batch size.
@@ -184,7 +188,7 @@ impl Layers {
     }
 }
 
-fn act_of(act: ActType) -> Act {
+pub(crate) fn act_of(act: ActType) -> Act {
     match act {
         ActType::Swish => Act::Swish,
         ActType::Hswish => Act::HSwish,
@@ -196,24 +200,51 @@ fn act_of(act: ActType) -> Act {
     }
 }
 
+/// The threads and the instruction set that `options` ask for.
+///
+/// # Errors
+/// [`EngineError::Isa`] when the instruction set is not available here.
+pub(crate) fn executor(options: CpuOptions) -> Result<Executor, EngineError> {
+    let isa = options.isa.unwrap_or_else(Isa::detect);
+    if !isa.is_available() {
+        let available: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+        return Err(EngineError::Isa {
+            isa: isa.to_string(),
+            available: available.join(", "),
+        });
+    }
+    let threads = match options.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    Ok(Executor::new(threads, isa))
+}
+
+/// # Errors
+/// [`EngineError::Shape`] for weights of another network.
+pub(crate) fn check_weights(network: &Network, weights: &Weights) -> Result<(), EngineError> {
+    let table = &network.variables;
+    check_len(
+        "trainable weights",
+        weights.trainable.len(),
+        table.trainable_len(),
+        "use weights of this very network",
+    )?;
+    check_len(
+        "batch-norm statistics",
+        weights.statistics.len(),
+        table.statistics_len(),
+        "use weights of this very network",
+    )
+}
+
 impl CpuEngine {
     /// An engine for `network`.
     ///
     /// # Errors
     /// [`EngineError::Isa`] when the instruction set asked for is not available here.
     pub fn new(network: Arc<Network>, options: CpuOptions) -> Result<Self, EngineError> {
-        let isa = options.isa.unwrap_or_else(Isa::detect);
-        if !isa.is_available() {
-            let available: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
-            return Err(EngineError::Isa {
-                isa: isa.to_string(),
-                available: available.join(", "),
-            });
-        }
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
+        let executor = executor(options)?;
         let anchors = Anchors::new(&AnchorConfig::from(&network.hparams)).map_err(|error| {
             EngineError::Unsupported {
                 feature: format!("these anchors ({error})"),
@@ -222,9 +253,10 @@ impl CpuEngine {
         })?;
         Ok(Self {
             network,
-            executor: Executor::new(threads, isa),
+            executor,
             anchors,
             training: None,
+            traced: None,
             inference: None,
         })
     }
@@ -278,22 +310,6 @@ impl CpuEngine {
 
     fn fusion(&self) -> (effdet_model::hparams::FusionMethod, bool) {
         (self.network.hparams.fusion(), self.network.hparams.fusion_relu)
-    }
-
-    fn check_weights(&self, weights: &Weights) -> Result<(), EngineError> {
-        let table = &self.network.variables;
-        check_len(
-            "trainable weights",
-            weights.trainable.len(),
-            table.trainable_len(),
-            "use weights of this very network",
-        )?;
-        check_len(
-            "batch-norm statistics",
-            weights.statistics.len(),
-            table.statistics_len(),
-            "use weights of this very network",
-        )
     }
 }
 
@@ -415,7 +431,7 @@ impl Engine for CpuEngine {
         batch
             .images
             .check(hparams.image_size.height, hparams.image_size.width)?;
-        self.check_weights(weights)?;
+        check_weights(&self.network, weights)?;
         let anchors = self.network.num_anchors();
         let remedy = "assign targets with the anchors of this network";
         check_len(
@@ -548,25 +564,16 @@ impl Engine for CpuEngine {
         images: &ImageBatch<'_>,
         outputs: &mut HeadOutputs,
     ) -> Result<(), EngineError> {
-        outputs.batch = images.batch;
-        outputs
-            .levels
-            .resize_with(self.network.levels.len(), LevelOutput::default);
-        let levels: Vec<_> = self.network.levels.iter().map(|level| level.map).collect();
-        self.run(weights, images, Mode::Infer, &mut |network_outputs| {
-            for (index, level) in outputs.levels.iter_mut().enumerate() {
-                (level.height, level.width) = (levels[index].height, levels[index].width);
-                match network_outputs {
-                    Computed::Head(Which::Class, heads) => {
-                        heads.copy_level(Which::Class, index, &mut level.class_logits)
-                    }
-                    Computed::Head(Which::Box, heads) => {
-                        heads.copy_level(Which::Box, index, &mut level.box_codes)
-                    }
-                    Computed::Body(..) => {}
-                }
-            }
-        })
+        let size = self.network.hparams.image_size;
+        images.check(size.height, size.width)?;
+        check_weights(&self.network, weights)?;
+        Plan::prepared(&mut self.inference, &self.network, &self.executor, weights).run(
+            &self.network,
+            &self.executor,
+            images,
+            outputs,
+        );
+        Ok(())
     }
 
     fn trace(
@@ -601,11 +608,11 @@ impl CpuEngine {
     ) -> Result<(), EngineError> {
         let size = self.network.hparams.image_size;
         images.check(size.height, size.width)?;
-        self.check_weights(weights)?;
+        check_weights(&self.network, weights)?;
         let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
         // Batch statistics are made in training passes only, and a trace leaves the caller's alone.
         let mut moved = weights.statistics.clone();
-        let layers = layers_for(&mut self.inference, &self.network, images.batch, false);
+        let layers = layers_for(&mut self.traced, &self.network, images.batch, false);
         let clock = layers.clock.clone();
         let mut pass = Pass {
             executor: &self.executor,

@@ -134,6 +134,12 @@ impl FusionWeights {
         }
     }
 
+    /// `w_i/total` of every input and channel: `[inputs, channels]`.
+    pub(crate) fn factors(&self) -> Vec<f32> {
+        let factor = |(i, weight): (usize, &f32)| weight / self.total[i % self.channels];
+        self.weights.iter().enumerate().map(factor).collect()
+    }
+
     #[track_caller]
     fn check(&self, inputs: usize, channels: usize) {
         assert!(

@@ -17,7 +17,7 @@ pub(crate) mod row_sweeps;
 pub mod se;
 pub mod stem;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

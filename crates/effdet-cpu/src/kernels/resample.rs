@@ -145,6 +145,21 @@ impl Resampler {
         self.output
     }
 
+    /// Whether it takes maxima.
+    pub(crate) fn pools(&self) -> bool {
+        self.pools
+    }
+
+    /// Input lines of an output line: the window of a max-pool, otherwise a single one.
+    pub(crate) fn source_lines(&self, line: usize) -> Range<usize> {
+        self.rows.sources[line].clone()
+    }
+
+    /// Input columns of an output column, as [`source_lines`](Self::source_lines).
+    pub(crate) fn source_columns(&self, column: usize) -> Range<usize> {
+        self.columns.sources[column].clone()
+    }
+
     /// Whether the forward pass records which input was the maximum.
     pub fn needs_argmax(&self) -> bool {
         self.pools

@@ -10,7 +10,7 @@ use crate::reference::{Tensor, ops};
 use crate::simd::Isa;
 
 /// Values in [−1, 1) from a counter.
-pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn values(len: usize, seed: u32) -> Vec<f32> {
     let value = |i: u32| {
         (i.wrapping_add(seed << 20).wrapping_mul(2_654_435_761) ^ 0x5bd1_e995).wrapping_mul(747_796_405)
     };
@@ -19,12 +19,12 @@ pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
         .collect()
 }
 
-pub(super) fn buffer(len: usize, seed: u32) -> AlignedBuf {
+pub(crate) fn buffer(len: usize, seed: u32) -> AlignedBuf {
     AlignedBuf::from_slice(&values(len, seed))
 }
 
 /// The activation and its slope in float64, by the plain reference.
-pub(super) fn activation(act: Act, z: f64) -> (f64, f64) {
+pub(crate) fn activation(act: Act, z: f64) -> (f64, f64) {
     let act = match act {
         Act::Swish => ActType::Swish,
         Act::Relu => ActType::Relu,
@@ -49,7 +49,7 @@ pub(super) fn activation(act: Act, z: f64) -> (f64, f64) {
 
 /// Asserts that values agree with float64 ones to `tolerance` of the largest of these.
 #[track_caller]
-pub(super) fn assert_close<T: Copy + Into<f64>>(what: &str, actual: &[T], expected: &[f64], tolerance: f64) {
+pub(crate) fn assert_close<T: Copy + Into<f64>>(what: &str, actual: &[T], expected: &[f64], tolerance: f64) {
     assert_eq!(actual.len(), expected.len(), "{what}");
     let largest = expected.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
     for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
@@ -64,7 +64,7 @@ pub(super) fn assert_close<T: Copy + Into<f64>>(what: &str, actual: &[T], expect
 /// Runs a kernel on every instruction set and with several numbers of threads, asserts that all results are equal, and
 /// returns them.
 #[track_caller]
-pub(super) fn same_everywhere<R: PartialEq>(run: impl Fn(&Executor) -> R) -> R {
+pub(crate) fn same_everywhere<R: PartialEq>(run: impl Fn(&Executor) -> R) -> R {
     let expected = run(&Executor::new(1, Isa::Portable));
     for isa in Isa::available() {
         for threads in [1, 2, 3] {

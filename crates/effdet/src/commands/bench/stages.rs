@@ -141,6 +141,7 @@ impl Entry {
             Self::Engine(Stage::Pyramid, _) => "pyramid",
             Self::Engine(Stage::ClassHead, _) => "class head",
             Self::Engine(Stage::BoxHead, _) => "box head",
+            Self::Engine(Stage::Heads, _) => "heads",
             Self::Optimizer => "optimiser",
         }
     }
