@@ -14,11 +14,17 @@ use image::{
     DynamicImage, GrayAlphaImage, GrayImage, ImageDecoder, ImageFormat, ImageReader, RgbImage, RgbaImage,
 };
 
+use crate::header::JpegSegments;
+
+const START_OF_SCAN: u8 = 0xda;
+
 /// What a decoder may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecodeOptions {
     /// Largest number of pixels, checked from the header before anything is allocated.
     pub max_pixels: u64,
+    /// Most scans of a progressive JPEG; encoders write about ten.
+    pub max_scans: usize,
     /// Turn the image as its EXIF orientation says.
     pub apply_orientation: bool,
     /// Take what there is of a JPEG without its end.
@@ -29,6 +35,7 @@ impl Default for DecodeOptions {
     fn default() -> Self {
         Self {
             max_pixels: 100_000_000,
+            max_scans: 200,
             apply_orientation: false,
             allow_truncated: false,
         }
@@ -54,6 +61,14 @@ pub enum DecodeError {
         height: u32,
         /// The limit.
         limit: u64,
+    },
+    /// A progressive JPEG that would take very long.
+    #[error("{scans} progressive scans exceed the limit of {limit}: save the image again")]
+    TooManyScans {
+        /// Scans in the file.
+        scans: usize,
+        /// The limit.
+        limit: usize,
     },
     /// The file stops in the middle.
     #[error(
@@ -139,6 +154,15 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
     let Some(format) = reader.format() else {
         return Err(DecodeError::UnknownFormat { bytes: bytes.len() });
     };
+    if format == ImageFormat::Jpeg {
+        let scans = progressive_scans(bytes);
+        if scans > options.max_scans {
+            return Err(DecodeError::TooManyScans {
+                scans,
+                limit: options.max_scans,
+            });
+        }
+    }
     let mut limits = image::Limits::default();
     // A 16-bit RGBA image needs 8 bytes a pixel, and decoders need some room beside the pixels.
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).max(64 << 20));
@@ -191,27 +215,25 @@ fn to_rgb8(image: DynamicImage) -> RgbImage {
 ///
 /// Segments before the scan are skipped by their lengths: an EXIF thumbnail has a marker of its own.
 fn has_end_of_image(bytes: &[u8]) -> bool {
-    const START_OF_SCAN: u8 = 0xda;
-    let mut at = 2;
-    loop {
-        let Some(&[first, marker]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) else {
-            return false;
-        };
-        if first != 0xff || marker == 0xff {
-            // Fill bytes and stray bytes between segments.
-            at += 1;
-            continue;
-        }
-        let Some(&[_, _, high, low]) = bytes.get(at..).and_then(|rest| rest.first_chunk()) else {
-            return false;
-        };
-        at += 2 + usize::from(u16::from_be_bytes([high, low])).max(2);
-        if marker == START_OF_SCAN {
-            break;
-        }
+    let mut segments = JpegSegments::new(bytes);
+    let has_scan = segments.any(|(marker, _)| marker == START_OF_SCAN);
+    let scan = bytes.get(segments.position()..).unwrap_or_default();
+    has_scan && scan.windows(2).rev().any(|pair| pair == [0xff, 0xd9])
+}
+
+/// Scans of a progressive JPEG; 1 for every other one.
+///
+/// Each of them makes a decoder go over the whole image again.
+fn progressive_scans(bytes: &[u8]) -> usize {
+    const PROGRESSIVE: [u8; 2] = [0xc2, 0xca];
+    let mut segments = JpegSegments::new(bytes);
+    if !segments.any(|(marker, _)| PROGRESSIVE.contains(&marker)) {
+        return 1;
     }
-    let scan = bytes.get(at..).unwrap_or_default();
-    scan.windows(2).rev().any(|pair| pair == [0xff, 0xd9])
+    let rest = bytes.get(segments.position()..).unwrap_or_default();
+    rest.windows(2)
+        .filter(|pair| **pair == [0xff, START_OF_SCAN])
+        .count()
 }
 
 #[cfg(test)]
@@ -351,6 +373,29 @@ mod tests {
             decode_rgb(&jpeg(&pattern()), &options),
             Err(DecodeError::TooManyPixels { width: 37, .. })
         ));
+    }
+
+    #[test]
+    fn ten_thousand_progressive_scans_are_refused_before_decoding() {
+        let mut bomb = jpeg(&pattern());
+        let frame = bomb.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        bomb[frame + 1] = 0xc2;
+        let scan = bomb.windows(2).position(|pair| pair == [0xff, 0xda]).unwrap();
+        let scan = bomb[scan..bomb.len() - 2].to_vec();
+        bomb.truncate(bomb.len() - 2);
+        (0..10_000).for_each(|_| bomb.extend(&scan));
+        bomb.extend([0xff, 0xd9]);
+        let error = decode_rgb(&bomb, &DecodeOptions::default()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DecodeError::TooManyScans {
+                    scans: 10_001,
+                    limit: 200
+                }
+            ),
+            "{error}"
+        );
     }
 
     #[test]

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::dataset::DetectionDataset;
 use crate::error::{DataError, Result};
 use crate::folder::list_folder;
-use crate::report::{Faults, LoadOptions, LoadReport};
-use crate::tfrecord::{Damage, ReadOptions, ShardName, is_shard_file};
+use crate::report::{LoadOptions, LoadReport};
+use crate::tfrecord::{ReadOptions, ShardName, is_shard_file};
 use crate::{coco, tfrecord, voc, yolo};
 
 /// Where one split of a data set lies.
@@ -71,15 +71,7 @@ impl SplitSource {
             Self::Yolo { config, split } => yolo::load_with(config, split, options),
             Self::TfRecord { shards } => {
                 tfrecord::check_complete(shards)?;
-                let damage = match options.faults {
-                    Faults::Refuse => Damage::Refuse,
-                    Faults::Collect => Damage::Skip { at_most: usize::MAX },
-                };
-                let options = ReadOptions {
-                    damage,
-                    ..ReadOptions::default()
-                };
-                tfrecord::load_shards(shards, &options)
+                tfrecord::load_shards(shards, &ReadOptions::of(options))
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What loading a data set found: objects changed or left out, and samples that cannot be used.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -73,12 +74,14 @@ pub enum FindingKind {
     DamagedRecord,
     /// An image that cannot be read or decoded.
     Undecodable,
+    /// An image of another size than annotated.
+    SizeDiffers,
     /// Labels changed after a conversion.
     Edited,
 }
 
 /// One remark about a record.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Finding {
     /// What it is about.
     pub kind: FindingKind,
@@ -88,6 +91,9 @@ pub struct Finding {
     pub record: i64,
     /// What about it.
     pub what: String,
+    /// The box as it was written: x, y, width, height in pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub box_xywh_px: Option<[f64; 4]>,
 }
 
 impl fmt::Display for Finding {
@@ -109,6 +115,8 @@ pub struct LoadReport {
     pub faults: Vec<Finding>,
     /// Remarks that change nothing.
     pub notes: Vec<Finding>,
+    /// Objects by categories that do not exist; ids or names.
+    pub unknown_categories: BTreeMap<String, usize>,
     /// How the boxes lie, as they were written.
     pub census: BoxCensus,
 }
@@ -121,6 +129,9 @@ impl LoadReport {
         self.skipped.extend(other.skipped);
         self.faults.extend(other.faults);
         self.notes.extend(other.notes);
+        for (category, count) in other.unknown_categories {
+            *self.unknown_categories.entry(category).or_default() += count;
+        }
         self.census.add(&other.census);
     }
 
@@ -148,6 +159,7 @@ impl LoadReport {
                     file: file.into(),
                     record,
                     what: error.to_string(),
+                    box_xywh_px: None,
                 });
                 Ok(())
             }
@@ -172,6 +184,8 @@ pub struct BoxCensus {
     pub fit_transposed: usize,
     /// Inside when the point is the centre instead of the near corner.
     pub fit_as_centre: usize,
+    /// Inside when what was taken for the centre is the near corner.
+    pub fit_as_corner: usize,
     /// All four numbers at most 1: divided by the image's size.
     pub below_one: usize,
     /// Far past the image: multiplied by its size once too often.
@@ -201,6 +215,7 @@ impl BoxCensus {
         self.fit_as_size += usize::from(inside(x, y, x + right, y + bottom));
         self.fit_transposed += usize::from(inside(y, x, bottom, right));
         self.fit_as_centre += usize::from(inside(x - w / 2.0, y - h / 2.0, x + w / 2.0, y + h / 2.0));
+        self.fit_as_corner += usize::from(inside(x + w / 2.0, y + h / 2.0, x + 1.5 * w, y + 1.5 * h));
         self.below_one += usize::from([x, y, w, h].iter().all(|v| v.abs() <= 1.0));
         self.far_outside += usize::from(right > 4.0 * width && bottom > 4.0 * height);
     }
@@ -213,6 +228,7 @@ impl BoxCensus {
         self.fit_as_size += other.fit_as_size;
         self.fit_transposed += other.fit_transposed;
         self.fit_as_centre += other.fit_as_centre;
+        self.fit_as_corner += other.fit_as_corner;
         self.below_one += other.below_one;
         self.far_outside += other.far_outside;
     }
@@ -244,6 +260,9 @@ mod tests {
         // The centre where a corner is expected.
         let centre = census(&[[90.0, 40.0, 20.0, 20.0]]);
         assert_eq!((centre.fit, centre.fit_as_centre), (0, 1));
+        // A corner where the centre is expected, so that half the size was taken off.
+        let corner = census(&[[2.0 - 10.0, 2.0 - 10.0, 20.0, 20.0]]);
+        assert_eq!((corner.fit, corner.fit_as_corner), (0, 1));
         assert_eq!(census(&[[0.1, 0.2, 0.3, 0.4]]).below_one, 1);
         assert_eq!(census(&[[9000.0, 900.0, 900.0, 900.0]]).far_outside, 1);
         let mut unknown = BoxCensus::default();

@@ -134,6 +134,7 @@ pub(crate) fn apply(path: &Path, dataset: &mut DetectionDataset, report: &mut Lo
             "its labels differ from {}: they were changed after the conversion and are taken as they are",
             path.display()
         ),
+        box_xywh_px: None,
     };
     report.notes.extend(edited.iter().take(EDITED_LISTED).map(note));
     Ok(())

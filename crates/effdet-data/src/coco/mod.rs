@@ -340,6 +340,7 @@ impl Builder<'_> {
                 "annotation {record}: category id {id} is not among the categories ({count} objects have it)"
             );
             self.fault(FindingKind::UnknownCategory, record, malformed(self.json, what))?;
+            self.report.unknown_categories.insert(id.to_string(), count);
         }
         for example in &mut self.examples {
             let known = |object: &ObjectAnnotation| self.categories.contains_key(&object.category);
@@ -361,6 +362,7 @@ impl Builder<'_> {
             file: self.json.display().to_string(),
             record: *id,
             what: format!("annotation id {id} occurs more than once"),
+            box_xywh_px: None,
         };
         let notes = twice.iter().take(DUPLICATES_LISTED).map(note);
         self.report.notes.extend(notes);
@@ -380,6 +382,7 @@ pub(crate) fn clip(
         file: example.file_name.clone(),
         record,
         what,
+        box_xywh_px: Some(bbox),
     };
     let [x, y, w, h] = bbox;
     if w <= 0.0 || h <= 0.0 {

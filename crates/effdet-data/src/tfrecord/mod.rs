@@ -15,7 +15,7 @@ mod writer;
 mod tests;
 
 pub use manifest::{Manifest, ShardEntry};
-pub use reader::{Damage, ReadOptions, load, load_shards};
+pub use reader::{Damage, ReadOptions, load, load_shards, parse_record};
 pub(crate) use shards::{ShardName, is_shard_file};
 pub use shards::{check_complete, find_shards};
 pub use writer::{WriteOptions, WriteReport, write};

@@ -24,7 +24,7 @@ use crate::dataset::{
 };
 use crate::decode::probe;
 use crate::error::{DataError, Result};
-use crate::report::{Finding, FindingKind, LoadReport};
+use crate::report::{Faults, Finding, FindingKind, LoadOptions, LoadReport};
 
 /// What to do about a damaged record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,19 @@ impl Default for ReadOptions {
             allow_partial: false,
             allow_unlabelled: false,
             threads: 1,
+        }
+    }
+}
+
+impl ReadOptions {
+    /// Options that treat damage as `options` say.
+    pub fn of(options: &LoadOptions) -> Self {
+        Self {
+            damage: match options.faults {
+                Faults::Refuse => Damage::Refuse,
+                Faults::Collect => Damage::Skip { at_most: usize::MAX },
+            },
+            ..Self::default()
         }
     }
 }
@@ -320,6 +333,7 @@ fn read_shard(file: &Path, options: &ReadOptions) -> Result<ShardContent> {
                     file: file.display().to_string(),
                     record: record as i64,
                     what: format!("at byte {offset}: {what}"),
+                    box_xywh_px: None,
                 });
             }
             (Err(error), _) => return Err(error),
@@ -392,6 +406,23 @@ fn read_record(shard: &Path, place: &Place, record: Record, content: &mut ShardC
     content.captions |= fields.has_captions;
     content.examples.push(example);
     Ok(())
+}
+
+/// The example of one payload, as [`load_shards`] reads it, with its image in memory.
+///
+/// # Errors
+/// [`DataError::Record`]; never panics on any input.
+pub fn parse_record(file: &Path, payload: &[u8]) -> Result<Example> {
+    let record = Record {
+        index: 0,
+        payload_offset: HEADER_BYTES,
+        payload: payload.to_vec(),
+    };
+    let mut content = ShardContent::default();
+    read_record(file, &Place::Memory, record, &mut content)?;
+    content.examples.pop().ok_or(DataError::Internal {
+        what: "a record without an example",
+    })
 }
 
 /// The features of a record, typed but not yet checked against each other.

@@ -194,13 +194,18 @@ impl Reader<'_> {
             return fault(FindingKind::NoBox, what);
         };
         let Some(&category) = self.categories.get(&object.name) else {
-            return match object.name.as_str() {
-                "" => fault(FindingKind::NoCategory, format!("object {index} has no name")),
-                name => fault(
+            let (kind, what) = match object.name.as_str() {
+                "" => (FindingKind::NoCategory, format!("object {index} has no name")),
+                name => (
                     FindingKind::UnknownCategory,
                     format!("object {index}: {name:?} is not in categories.json"),
                 ),
             };
+            fault(kind, what)?;
+            if kind == FindingKind::UnknownCategory {
+                *report.unknown_categories.entry(object.name).or_default() += 1;
+            }
+            return Ok(());
         };
         let bbox = [xmin, ymin, xmax - xmin, ymax - ymin];
         if let Some(box_xywh_px) = clip(bbox, example, index as i64, report) {

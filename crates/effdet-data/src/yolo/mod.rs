@@ -205,6 +205,10 @@ impl Reader<'_> {
                 ),
             );
             let file = file.display().to_string();
+            *report
+                .unknown_categories
+                .entry(label.class.to_string())
+                .or_default() += 1;
             return report.fault(
                 self.options.faults,
                 FindingKind::UnknownCategory,

@@ -1,0 +1,104 @@
+//! Where bytes from outside enter `effdet-data`. Each of these takes any bytes and must come back: without a panic, and without
+//! taking memory that the bytes merely ask for.
+
+use std::path::Path;
+
+use effdet_data::decode::{DecodeOptions, decode_rgb, probe};
+use effdet_data::header;
+use effdet_data::report::{Faults, LoadOptions};
+use effdet_data::tfrecord::framing::RecordReader;
+use effdet_data::{coco, tfrecord, voc, yolo};
+
+/// Framing of a record file.
+pub fn record_framing(bytes: &[u8]) {
+    let mut reader = RecordReader::new(bytes, Path::new("a.tfrecord"), bytes.len() as u64, 1 << 20);
+    let mut faults = 0;
+    loop {
+        match reader.next_record() {
+            Ok(None) => break,
+            Ok(Some(record)) => assert!(record.payload.len() <= bytes.len()),
+            // Every record takes sixteen bytes, so that faults cannot go on for ever.
+            Err(_) => faults += 1,
+        }
+        assert!(faults <= bytes.len() / 16 + 2);
+    }
+}
+
+/// One serialised `tf.train.Example`.
+pub fn tf_example(bytes: &[u8]) {
+    if let Ok(example) = tfrecord::parse_record(Path::new("a.tfrecord"), bytes) {
+        let finite = |v: &f64| v.is_finite();
+        assert!(
+            example
+                .objects
+                .iter()
+                .all(|object| object.box_xywh_px.iter().all(finite))
+        );
+    }
+}
+
+/// An instances file.
+pub fn coco_json(bytes: &[u8]) {
+    for faults in [Faults::Refuse, Faults::Collect] {
+        let options = LoadOptions {
+            faults,
+            check_files: false,
+            follow_links: false,
+        };
+        let loaded = coco::parse(bytes, Path::new("a.json"), Path::new("images"), &options);
+        if let Ok((dataset, _)) = loaded {
+            for example in &dataset.examples {
+                for object in &example.objects {
+                    let [_, _, w, h] = object.box_xywh_px;
+                    assert!(w > 0.0 && h > 0.0 && w.is_finite() && h.is_finite());
+                    assert!(
+                        dataset
+                            .categories
+                            .iter()
+                            .any(|category| category.id == object.category)
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A VOC annotation.
+pub fn voc_xml(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = voc::parse(Path::new("a.xml"), text);
+    }
+}
+
+/// A file of YOLO labels.
+pub fn yolo_labels(bytes: &[u8]) {
+    if let Ok(labels) = yolo::parse_labels(Path::new("a.txt"), bytes) {
+        for label in labels {
+            assert!(label.box_cxcywh_norm.iter().all(|v| !v.is_nan()));
+        }
+    }
+}
+
+/// The way of an encoded image.
+pub fn image(bytes: &[u8]) {
+    let options = DecodeOptions {
+        max_pixels: 1 << 18,
+        max_scans: 20,
+        ..DecodeOptions::default()
+    };
+    let _ = (header::colour(bytes), header::orientation(bytes));
+    let probed = probe(bytes);
+    for (apply_orientation, allow_truncated) in [(false, false), (true, true)] {
+        let options = DecodeOptions {
+            apply_orientation,
+            allow_truncated,
+            ..options
+        };
+        if let Ok(image) = decode_rgb(bytes, &options) {
+            assert!(u64::from(image.width()) * u64::from(image.height()) <= options.max_pixels);
+            let probed = probed.as_ref().expect("what decodes has a header");
+            let stored = (probed.width, probed.height);
+            assert!(apply_orientation || image.dimensions() == stored);
+        }
+    }
+}
