@@ -88,7 +88,11 @@ fn step(network: &Arc<Network>, options: CpuOptions) -> Step {
             .train_step(
                 &mut weights,
                 &train,
-                &StepOptions { seed: 5, epoch },
+                &StepOptions {
+                    seed: 5,
+                    epoch,
+                    sync: None,
+                },
                 &mut gradients,
             )
             .unwrap();

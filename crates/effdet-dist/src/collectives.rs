@@ -13,7 +13,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::error::{Collective, DistError};
-use crate::transport::{Incoming, Outgoing, Transport};
+use crate::transport::{FirstRanks, Incoming, Outgoing, Transport};
 use crate::{ProcessGroup, Wire};
 
 /// Values of a long sum that are under way at once: 4 MiB of f32.
@@ -238,6 +238,12 @@ impl<T: Transport> ProcessGroup for Ranks<T> {
 
     fn host(&self, rank: usize) -> &str {
         self.transport.host(rank)
+    }
+
+    fn first(&self, size: usize) -> Option<Box<dyn ProcessGroup + '_>> {
+        let all = &self.transport;
+        let size = size.min(all.size());
+        (all.rank() < size).then(|| Box::new(Ranks::new(FirstRanks { all, size }, self.timeout)) as Box<_>)
     }
 
     fn all_reduce_sum(&self, values: &mut [f32], wire: Wire) -> Result<(), DistError> {

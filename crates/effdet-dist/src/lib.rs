@@ -47,6 +47,9 @@ pub trait ProcessGroup {
     /// Machine of a rank, for messages.
     fn host(&self, rank: usize) -> &str;
 
+    /// The first `size` ranks as a group of their own; none for a rank that is not among them.
+    fn first(&self, size: usize) -> Option<Box<dyn ProcessGroup + '_>>;
+
     /// Replaces `values` by their sum over all ranks, element by element, in place.
     ///
     /// # Determinism
@@ -133,6 +136,10 @@ impl ProcessGroup for SingleProcess {
 
     fn host(&self, _rank: usize) -> &str {
         "this machine"
+    }
+
+    fn first(&self, _size: usize) -> Option<Box<dyn ProcessGroup + '_>> {
+        Some(Box::new(Self))
     }
 
     fn all_reduce_sum(&self, _values: &mut [f32], _wire: Wire) -> Result<(), DistError> {

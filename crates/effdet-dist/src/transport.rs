@@ -52,3 +52,37 @@ pub trait Transport {
         timeout: Duration,
     ) -> Result<(), DistError>;
 }
+
+/// The first ranks of a group as a group of their own.
+#[derive(Debug)]
+pub(crate) struct FirstRanks<'a, T> {
+    pub all: &'a T,
+    pub size: usize,
+}
+
+impl<T: Transport> Transport for FirstRanks<'_, T> {
+    fn rank(&self) -> usize {
+        self.all.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The machines are known already.
+    fn set_hosts(&mut self, _: Vec<String>) {}
+
+    fn host(&self, rank: usize) -> &str {
+        self.all.host(rank)
+    }
+
+    fn exchange(
+        &self,
+        collective: Collective,
+        sends: &[Outgoing<'_>],
+        receives: &mut [Incoming<'_>],
+        timeout: Duration,
+    ) -> Result<(), DistError> {
+        self.all.exchange(collective, sends, receives, timeout)
+    }
+}

@@ -235,3 +235,19 @@ fn diverged_weights_are_found() {
             .all(|result| matches!(result, Err(DistError::Diverged { step: 7, rank: 2, .. })))
     );
 }
+
+#[test]
+fn the_first_ranks_are_a_group_of_their_own() {
+    let sums = run_ranks(3, TIMEOUT, |group| {
+        let mut values = vec![1.0 + group.rank() as f32; 3000];
+        let first = group.first(2);
+        assert_eq!(first.is_some(), group.rank() < 2);
+        if let Some(first) = first {
+            assert_eq!((first.rank(), first.size()), (group.rank(), 2));
+            first.all_reduce_sum(&mut values, Wire::F32).unwrap();
+        }
+        group.barrier().unwrap();
+        values[2999]
+    });
+    assert_eq!(sums, [3.0, 3.0, 3.0]);
+}

@@ -43,13 +43,24 @@ pub struct TrainBatch<'a> {
     pub draw_keys: &'a [u64],
 }
 
+/// Adds up values of the ranks that train together, in place.
+///
+/// Batch norm over the batches of all ranks asks for it in the middle of a pass, with the same number of values on every rank. An
+/// implementation that fails remembers why and leaves the values as they are; its owner looks after the step.
+pub trait SumOverRanks: std::fmt::Debug {
+    /// Replaces `values` by their sums.
+    fn sum(&self, values: &mut [f64]);
+}
+
 /// What a step may vary beside its batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StepOptions {
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepOptions<'a> {
     /// Seed of the run.
     pub seed: u64,
     /// Epoch of the batch, part of the key of stochastic depth.
     pub epoch: u64,
+    /// Batch norm takes its statistics over the batches of all ranks; none = over this batch.
+    pub sync: Option<&'a dyn SumOverRanks>,
 }
 
 /// Losses of one step, without the L2 term (the trainer adds that, it needs no engine).
@@ -155,7 +166,7 @@ pub trait Engine: Send {
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
-        options: &StepOptions,
+        options: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError>;
 

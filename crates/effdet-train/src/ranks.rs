@@ -1,8 +1,10 @@
 //! What a step, an evaluation and the start of a run exchange between ranks.
 
+use std::cell::RefCell;
+
 use effdet_dist::{DistError, ProcessGroup, Wire};
 use effdet_metrics::DetectionRow;
-use effdet_model::engine::StepLosses;
+use effdet_model::engine::{StepLosses, SumOverRanks};
 
 use crate::trainer::TrainState;
 
@@ -67,6 +69,56 @@ pub fn reduce_step(
         det_loss: sums[3],
     };
     Ok(())
+}
+
+/// Sums over a group as batch norm asks for them in the middle of a pass.
+pub struct BatchNormSums<'a> {
+    group: &'a dyn ProcessGroup,
+    failure: RefCell<Option<DistError>>,
+}
+
+impl<'a> BatchNormSums<'a> {
+    /// Sums over `group`.
+    pub fn new(group: &'a dyn ProcessGroup) -> Self {
+        Self {
+            group,
+            failure: RefCell::default(),
+        }
+    }
+
+    /// The first failure since the last call.
+    ///
+    /// # Errors
+    /// Those of the group.
+    pub fn check(&self) -> Result<(), DistError> {
+        self.failure.take().map_or(Ok(()), Err)
+    }
+}
+
+impl std::fmt::Debug for BatchNormSums<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BatchNormSums over {} ranks", self.group.size())
+    }
+}
+
+impl SumOverRanks for BatchNormSums<'_> {
+    fn sum(&self, values: &mut [f64]) {
+        let mut failure = self.failure.borrow_mut();
+        if failure.is_none() {
+            *failure = self.group.all_reduce_sum_f64(values).err();
+        }
+    }
+}
+
+/// Matched anchors of a batch of all ranks.
+///
+/// # Errors
+/// Those of the group.
+pub fn sum_positives(group: &dyn ProcessGroup, own: usize) -> Result<usize, DistError> {
+    // Exact in f64.
+    let mut sum = [own as f64];
+    group.all_reduce_sum_f64(&mut sum)?;
+    Ok(sum[0] as usize)
 }
 
 /// Numbers of all ranks in their order: image ids of a step.

@@ -11,8 +11,9 @@ use effdet_data::loader::{Loader, LoaderConfig, LoaderMode, Shard};
 use effdet_dist::{ProcessGroup, Wire, same_weights};
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
-use effdet_model::engine::{Engine, StepLosses, StepOptions};
+use effdet_model::engine::{Engine, StepLosses, StepOptions, SumOverRanks};
 use effdet_model::label_map::{ClassIndex, LabelMap};
+use effdet_model::loss::normalizer;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ use crate::eval::{Evaluation, Evaluator, preparation};
 use crate::events::{Event, EventSink, StepRecord};
 use crate::modes::EvaluationRule;
 use crate::optimizer::Optimizer;
-use crate::ranks::{broadcast_state, gather_ids, reduce_step};
+use crate::ranks::{BatchNormSums, broadcast_state, gather_ids, reduce_step, sum_positives};
 use crate::schedule::Schedule;
 
 /// How a run goes, beside its hyper-parameters.
@@ -38,6 +39,9 @@ pub struct TrainConfig {
     /// Send gradients between ranks in half precision.
     #[serde(default)]
     pub half_gradients: bool,
+    /// Ranks compute what one process with the whole batch would: batch-norm statistics and the loss's normaliser are those of all.
+    #[serde(default)]
+    pub sync_bn: bool,
     /// Micro-batches of an update.
     pub accumulate: usize,
     /// Samples that make an epoch; none = the data set's size.
@@ -409,6 +413,8 @@ impl<'c> Trainer<'c> {
         let mut losses = StepLosses::default();
         let ranks = inputs.group.size();
         let mut rank_share = 1.0;
+        let sync = self.config.sync_bn && ranks > 1;
+        let sums = BatchNormSums::new(inputs.group);
         let mut ids = Vec::new();
         let mut position = state.sample_position;
         sum.fill(0.0);
@@ -425,14 +431,21 @@ impl<'c> Trainer<'c> {
             let options = StepOptions {
                 seed: self.config.seed,
                 epoch: 0,
+                sync: sync.then_some(&sums as &dyn SumOverRanks),
             };
-            let part =
-                inputs
-                    .engine
-                    .train_step(&mut state.weights, &batch.train_batch(), &options, gradients)?;
+            let mut train_batch = batch.train_batch();
+            if sync {
+                let positives = sum_positives(inputs.group, batch.positives.iter().sum())?;
+                train_batch.targets.normalizer = normalizer(positives);
+            }
+            let part = inputs
+                .engine
+                .train_step(&mut state.weights, &train_batch, &options, gradients)?;
+            sums.check()?;
             // Ranks may take parts of different sizes; every image counts the same.
             let part_of_rank = batch.len() as f32 / self.config.global_batch() as f32;
-            let share = if ranks > 1 { part_of_rank } else { 1.0 } / self.config.accumulate as f32;
+            let own = if ranks > 1 && !sync { part_of_rank } else { 1.0 };
+            let share = own / self.config.accumulate as f32;
             losses.class_loss += share * part.class_loss;
             losses.box_loss += share * part.box_loss;
             losses.box_iou_loss += share * part.box_iou_loss;
@@ -462,7 +475,11 @@ impl<'c> Trainer<'c> {
             } else {
                 Wire::F32
             };
-            let statistics = &mut state.weights.statistics;
+            // Synchronised statistics are the same everywhere.
+            let statistics = match sync {
+                true => &mut [][..],
+                false => &mut state.weights.statistics[..],
+            };
             statistics.iter_mut().for_each(|value| *value *= rank_share);
             reduce_step(inputs.group, wire, gradients, &mut losses, statistics)?;
         }

@@ -42,7 +42,7 @@ impl Engine for LinearModel {
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
-        _: &StepOptions,
+        _: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError> {
         self.calls += 1;
@@ -172,6 +172,7 @@ impl Scene {
                 batch_size: 2,
                 ranks: 1,
                 half_gradients: false,
+                sync_bn: false,
                 accumulate: 2,
                 num_examples_per_epoch: None,
                 max_steps: None,

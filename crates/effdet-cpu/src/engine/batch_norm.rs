@@ -1,5 +1,6 @@
 //! Batch norm as the affine `scale·y + shift` that the kernels apply on the way.
 
+use effdet_model::engine::SumOverRanks;
 use effdet_model::network::{BN_EPSILON, BN_MOMENTUM, BatchNorm, VariableTable};
 
 use crate::kernels::elementwise::Affine;
@@ -120,27 +121,47 @@ impl BatchNormState {
         }
     }
 
-    /// From Σdz and Σdz·y makes `dy = a·dz + b·y + c` and the gradients of γ and β.
+    /// Adds up the sums and the counts of all ranks; gives the counts.
+    pub(super) fn sum_over_ranks(&mut self, sync: Option<&dyn SumOverRanks>, counts: &[usize]) -> Vec<usize> {
+        let Some(sync) = sync else {
+            return counts.to_vec();
+        };
+        let len = self.sums.len();
+        // Behind the sums for one exchange; counts are exact in f64.
+        self.sums.extend(counts.iter().map(|&count| count as f64));
+        sync.sum(&mut self.sums);
+        self.sums.drain(len..).map(|count| count as usize).collect()
+    }
+
+    /// From Σdz and Σdz·y makes the gradients of γ and β: dγ = Σdz·ŷ, dβ = Σdz.
+    pub(super) fn write_gradients(&self, table: &VariableTable, gradients: &mut [f32]) {
+        for (group, norm) in self.norms.iter().enumerate() {
+            let at = group * self.channels;
+            let (gamma_at, beta_at) = (table[norm.gamma].offset, table[norm.beta].offset);
+            for i in 0..self.channels {
+                gradients[gamma_at + i] = self.sum_dz_normalized(at, i) as f32;
+                gradients[beta_at + i] = self.sums[2 * at + i] as f32;
+            }
+        }
+    }
+
+    /// Σdz·ŷ of channel `i` of the group that begins at `at`.
+    fn sum_dz_normalized(&self, at: usize, i: usize) -> f64 {
+        let (sum_dz, sum_dz_y) = (self.sums[2 * at + i], self.sums[2 * at + self.channels + i]);
+        (sum_dz_y - self.mean[at + i] * sum_dz) * self.inverse_deviation[at + i]
+    }
+
+    /// From Σdz and Σdz·y makes `dy = a·dz + b·y + c`.
     ///
-    /// With m₁ = mean dz and m₂ = mean dz·ŷ: a = γ/σ, b = −a·m₂/σ, c = −a·(m₁ − μ·m₂/σ), dγ = n·m₂, dβ = n·m₁.
-    pub(super) fn backward(
-        &mut self,
-        table: &VariableTable,
-        trainable: &[f32],
-        counts: &[usize],
-        gradients: &mut [f32],
-    ) {
+    /// With m₁ = mean dz and m₂ = mean dz·ŷ: a = γ/σ, b = −a·m₂/σ, c = −a·(m₁ − μ·m₂/σ).
+    pub(super) fn backward(&mut self, table: &VariableTable, trainable: &[f32], counts: &[usize]) {
         for (group, norm) in self.norms.iter().enumerate() {
             let at = group * self.channels;
             let n = counts[group] as f64;
-            let (gamma_at, beta_at) = (table[norm.gamma].offset, table[norm.beta].offset);
+            let gamma_at = table[norm.gamma].offset;
             for i in 0..self.channels {
-                let (sum_dz, sum_dz_y) = (self.sums[2 * at + i], self.sums[2 * at + self.channels + i]);
                 let (mean, inverse) = (self.mean[at + i], self.inverse_deviation[at + i]);
-                let sum_dz_normalized = (sum_dz_y - mean * sum_dz) * inverse;
-                gradients[gamma_at + i] = sum_dz_normalized as f32;
-                gradients[beta_at + i] = sum_dz as f32;
-                let (m1, m2) = (sum_dz / n, sum_dz_normalized / n);
+                let (m1, m2) = (self.sums[2 * at + i] / n, self.sum_dz_normalized(at, i) / n);
                 let a = f64::from(trainable[gamma_at + i]) * inverse;
                 self.a[at + i] = a as f32;
                 self.b[at + i] = (-a * inverse * m2) as f32;

@@ -423,7 +423,7 @@ impl Engine for CpuEngine {
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
-        options: &StepOptions,
+        options: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError> {
         let hparams = &self.network.hparams;
@@ -476,6 +476,7 @@ impl Engine for CpuEngine {
                 epoch: options.epoch,
                 images: batch.draw_keys,
             }),
+            sync: options.sync,
             clock: &clock,
         };
         layers.forward(&mut pass, batch.images.pixels, Packing::ForwardAndBackward);
@@ -626,6 +627,7 @@ impl CpuEngine {
             normalize_input,
             fusion,
             draws: None,
+            sync: None,
             clock: &clock,
         };
         layers.forward(&mut pass, images.pixels, Packing::Forward);

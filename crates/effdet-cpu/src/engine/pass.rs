@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use effdet_model::engine::Mode;
+use effdet_model::engine::{Mode, SumOverRanks};
 use effdet_model::hparams::FusionMethod;
 use effdet_model::network::{Conv, VariableId, VariableTable};
 
@@ -27,6 +27,8 @@ pub(super) struct Pass<'a> {
     /// BiFPN fusion, and whether its weights go through a ReLU.
     pub fusion: (FusionMethod, bool),
     pub draws: Option<DrawKeys<'a>>,
+    /// Batch statistics are those of all ranks together.
+    pub sync: Option<&'a dyn SumOverRanks>,
     pub clock: &'a Clock,
 }
 
@@ -83,7 +85,10 @@ impl<'a> Pass<'a> {
     pub(super) fn normalize(&mut self, state: &mut BatchNormState, counts: &[usize]) {
         match &mut self.statistics {
             Statistics::Read(statistics) => state.use_moving(self.table, self.trainable, statistics),
-            Statistics::Move(statistics) => state.use_batch(self.table, self.trainable, statistics, counts),
+            Statistics::Move(statistics) => {
+                let counts = state.sum_over_ranks(self.sync, counts);
+                state.use_batch(self.table, self.trainable, statistics, &counts);
+            }
         }
     }
 
@@ -94,7 +99,10 @@ impl<'a> Pass<'a> {
         counts: &[usize],
         gradients: &mut Gradients<'_>,
     ) {
-        state.backward(self.table, self.trainable, counts, gradients.values);
+        // γ and β belong to this rank's loss; what goes on backwards depends on the batches of all.
+        state.write_gradients(self.table, gradients.values);
+        let counts = state.sum_over_ranks(self.sync, counts);
+        state.backward(self.table, self.trainable, &counts);
     }
 
     /// Factor of a residual branch for every image.

@@ -119,11 +119,17 @@ impl<F: Float> Engine for ReferenceEngine<F> {
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
-        options: &StepOptions,
+        options: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError> {
         self.check(weights, &batch.images)?;
         self.check_training(batch, gradients)?;
+        if options.sync.is_some() {
+            return Err(EngineError::Unsupported {
+                feature: "batch norm over several ranks".into(),
+                remedy: "use the fast engine, or one rank",
+            });
+        }
         let parameters = Parameters::<F>::from(&*weights);
         let mut tape = Tape::new(&self.network, &parameters);
         let keys = DrawKeys {

@@ -241,7 +241,11 @@ fn run(engine: &mut dyn Engine, network: &Network, weights: &Weights, batch: usi
     };
     let mut moved = weights.clone();
     let mut gradients = vec![f32::NAN; weights.trainable.len()];
-    let options = StepOptions { seed: 3, epoch: 2 };
+    let options = StepOptions {
+        seed: 3,
+        epoch: 2,
+        sync: None,
+    };
     let losses = engine
         .train_step(&mut moved, &batch, &options, &mut gradients)
         .unwrap();

@@ -6,14 +6,18 @@ mod data;
 mod eval;
 mod infer;
 mod inspect;
+mod launch;
 mod ranks;
+mod recipe;
 mod train;
 
 pub use data::{ConvertFormat, DataArgs, DataCommand};
 pub use eval::EvalArgs;
 pub use infer::InferArgs;
 pub use inspect::{InspectArgs, InspectCommand};
+pub use launch::LaunchArgs;
 pub use ranks::RankArgs;
+pub use recipe::{RecipeArgs, RecipeCommand, RecipeRun};
 pub use train::{EngineArgs, ModelArgs, SourceArgs, TrainArgs};
 
 use clap::{Args, Parser, Subcommand};
@@ -52,6 +56,10 @@ pub enum Command {
     Data(DataArgs),
     /// Measure speed on this machine.
     Bench(BenchArgs),
+    /// Run a command on several ranks and machines: mpirun under supervision, with restarts.
+    Launch(LaunchArgs),
+    /// Complete configurations by name: the reference's scripts and their counterparts for a CPU.
+    Recipe(RecipeArgs),
     /// Print a shell completion script.
     Completions {
         /// Shell.
@@ -78,6 +86,21 @@ pub enum BenchCommand {
     Train(BenchOptions),
     /// Network outputs.
     Infer(BenchOptions),
+    /// Steps and sums on 1, 2, 4 … of the ranks that mpirun started, and a model of more of them.
+    Scale(ScaleOptions),
+}
+
+/// Options of `bench scale`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mpirun -np 4 effdet bench scale --batch-size 4
+  effdet launch -n 16 --hostfile hosts -- bench scale --batch-size 16 --json")]
+pub struct ScaleOptions {
+    #[command(flatten)]
+    pub bench: BenchOptions,
+    #[command(flatten)]
+    pub ranks: RankArgs,
 }
 
 /// Options of every benchmark.

@@ -115,6 +115,9 @@ pub struct TrainArgs {
     /// Micro-batches whose gradients are added up before one update.
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub accumulate: usize,
+    /// Let ranks compute what one process with the whole batch would: batch norm and loss over the images of all.
+    #[arg(long, alias = "sync_bn")]
+    pub sync_bn: bool,
     /// Send gradients between ranks in half precision.
     #[arg(long)]
     pub half_gradients: bool,
@@ -195,9 +198,12 @@ pub struct TrainArgs {
     /// Train on the first batch over and over.
     #[arg(long, alias = "use_fake_data")]
     pub use_fake_data: bool,
-    /// Print the effective configuration and stop.
+    /// Check data and memory, print the plan and the effective configuration, and stop.
     #[arg(long)]
     pub dry_run: bool,
+    /// Ranks that a dry run plans for.
+    #[arg(long, value_name = "N", hide = true)]
+    pub plan_ranks: Option<usize>,
     /// Half precision; not available on this engine yet, only `false` is accepted.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub amp: Option<bool>,

@@ -59,3 +59,11 @@ fn busy_ticks() -> Option<(u64, u64)> {
     let own = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
     Some((all, own))
 }
+
+/// Memory of this machine in GiB.
+pub fn memory_gib() -> Option<f64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib / f64::from(1 << 20))
+}

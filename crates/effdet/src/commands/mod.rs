@@ -12,11 +12,14 @@ mod infer;
 mod inspect_checkpoint;
 mod inspect_model;
 mod inspect_trace;
+mod launch;
 mod model;
+mod plan;
 mod pretrained;
 mod progress;
 mod quickstart;
 mod ranks;
+mod recipe;
 mod report;
 mod run_config;
 mod sources;
@@ -33,11 +36,13 @@ use crate::cli::{Cli, Command, InspectCommand};
 /// Runs the command of `cli`.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        Command::Bench(args) => bench::run(&args.command)?,
+        Command::Bench(args) => return bench::run(&args.command),
         Command::Data(args) => data::run(&args.command)?,
         Command::Eval(args) => return eval::run(&args),
         Command::Infer(args) => return infer::run(&args),
         Command::Inspect(args) => inspect(&args.command)?,
+        Command::Launch(args) => return launch::run(&args),
+        Command::Recipe(args) => return recipe::run(&args.command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "effdet", &mut std::io::stdout());
         }

@@ -49,7 +49,10 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<RunConfig> {
         max_objects: MAX_OBJECTS,
         smallest_radius: SMALLEST_RADIUS,
     };
-    let rule = EvaluationRule::Every(args.eval_every.unwrap_or(0));
+    let rule = match args.benchmark {
+        true => EvaluationRule::Never,
+        false => EvaluationRule::Every(args.eval_every.unwrap_or(0)),
+    };
     let batch_size = args.batch_size.unwrap_or(BATCH_SIZE);
     run_config(args, hparams, data, (batch_size, ranks), rule)
 }

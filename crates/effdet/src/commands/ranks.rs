@@ -14,7 +14,6 @@ use sha2::{Digest, Sha256};
 use super::run_config::{RunConfig, RunData};
 use crate::cli::RankArgs;
 
-#[cfg(feature = "mpi")]
 /// Exit code of a run that ended because a rank did not take part any more.
 pub const RANK_MISSING: u8 = 75;
 
@@ -69,7 +68,8 @@ pub fn run(args: &RankArgs, work: impl FnOnce(&Job<'_>) -> Result<ExitCode>) -> 
     among_ranks(Duration::from_secs_f64(args.dist_timeout), work)
 }
 
-fn is_started_among_ranks() -> bool {
+/// Whether a launcher started this process as one of several.
+pub fn is_started_among_ranks() -> bool {
     let number = |name: &str| {
         std::env::var(name)
             .ok()

@@ -210,13 +210,20 @@ pub fn run_config(
     (batch_size, ranks): (usize, usize),
     rule: EvaluationRule,
 ) -> Result<RunConfig> {
+    // As in the reference, a benchmark is one epoch of its steps, and the schedule goes by that.
+    let benchmarked = args.benchmark_steps * (batch_size * args.accumulate.max(1) * ranks) as u64;
+    let num_examples_per_epoch = match args.benchmark {
+        true => Some(benchmarked),
+        false => args.num_examples_per_epoch,
+    };
     Ok(RunConfig {
         train: TrainConfig {
             batch_size,
             ranks,
             half_gradients: args.half_gradients,
+            sync_bn: args.sync_bn,
             accumulate: args.accumulate.max(1),
-            num_examples_per_epoch: args.num_examples_per_epoch,
+            num_examples_per_epoch,
             max_steps: args.max_steps.or(args.benchmark.then_some(args.benchmark_steps)),
             checkpoint_period: args.checkpoint_period,
             checkpoint_every_steps: args.checkpoint_every_steps,

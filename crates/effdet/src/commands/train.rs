@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use effdet_ckpt::{CheckpointStore, load_backbone, weights_hash};
@@ -17,6 +18,7 @@ use effdet_train::events::EventSink;
 use effdet_train::trainer::{Ending, Outcome, RunInputs, TrainState, Trainer};
 
 use super::engine::cpu_engine;
+use super::plan::plan;
 use super::pretrained::{load_pretrained, print_match};
 use super::ranks::{self, Job, from_root};
 use super::run_config::{RunConfig, RunData, configure, label_map_of};
@@ -27,10 +29,12 @@ use crate::cli::TrainArgs;
 /// Where runs go that were given no folder.
 const RUNS: &str = "runs";
 const CONFIG_FILE: &str = "config.toml";
+/// Signals to a rank within this time are one request to stop.
+const SAME_REQUEST: Duration = Duration::from_secs(5);
 
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
-    if args.amp == Some(true) {
+    if args.amp == Some(true) && !args.dry_run {
         bail!("--amp: half precision is not available on this engine yet; leave the option out");
     }
     ranks::run(&args.ranks, |job| match args.resume {
@@ -42,7 +46,8 @@ pub fn run(args: &TrainArgs) -> Result<ExitCode> {
 /// Starts a run.
 fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     let given = sources::is_given(&args.source);
-    let ranks = job.group.size();
+    let planned = args.plan_ranks.filter(|_| args.dry_run);
+    let ranks = planned.unwrap_or_else(|| job.group.size());
     let (config, data) = if given {
         configure(args, ranks)?
     } else {
@@ -54,7 +59,8 @@ fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     ranks::verify(job, &config, &data, &label_map)?;
     if args.dry_run {
         if job.is_root() {
-            write!(std::io::stdout(), "{}", toml::to_string(&config)?)?;
+            let plan = plan(args, &config, &data)?;
+            write!(std::io::stdout(), "{plan}{}", toml::to_string(&config)?)?;
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -279,7 +285,7 @@ fn execute(
         workers: config.train.workers.max(1),
         only_images_with_detections: false,
     });
-    let stop = stop_flag()?;
+    let stop = stop_flag(ranks)?;
     let mut inputs = RunInputs {
         network,
         engine: &mut engine,
@@ -359,16 +365,25 @@ fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> Resul
 }
 
 /// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C leaves at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
+fn stop_flag(ranks: usize) -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&stop);
+    let mut first = None;
     ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
+        let again = seen.swap(true, Ordering::Relaxed);
+        let since = first.get_or_insert_with(Instant::now).elapsed();
+        // One request can reach a rank directly and through mpirun.
+        if again && (ranks == 1 || since > SAME_REQUEST) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step; once more to leave at once");
+        if !again && ranks::speaks() {
+            eprintln!("\nstopping after this step; once more to leave at once");
+        }
     })
     .context("cannot listen for signals")?;
+    // What a launcher sends to every rank: mpirun passes it on, where it would follow SIGTERM with SIGKILL.
+    signal_hook::flag::register(signal_hook::consts::SIGUSR2, Arc::clone(&stop))
+        .context("cannot listen for signals")?;
     Ok(stop)
 }
 

@@ -1,9 +1,11 @@
 //! `effdet bench`.
 
 mod random_batch;
+mod scale;
 mod stages;
 
 use std::io::Write;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,14 +23,21 @@ use self::stages::StageClock;
 use super::engine::cpu_engine;
 use super::host::{ForeignLoad, cpu_name, peak_rss_mib};
 use super::model::resolve_hparams;
+use super::ranks;
 use crate::cli::{BenchCommand, BenchOptions};
 
 /// Times training steps or inference on a fixed random batch and prints the distribution.
-pub fn run(command: &BenchCommand) -> Result<()> {
-    let (kind, options) = match command {
-        BenchCommand::Train(options) => ("train", options),
-        BenchCommand::Infer(options) => ("infer", options),
-    };
+pub fn run(command: &BenchCommand) -> Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
+    match command {
+        BenchCommand::Train(options) => time("train", options).map(done),
+        BenchCommand::Infer(options) => time("infer", options).map(done),
+        BenchCommand::Scale(options) => ranks::run(&options.ranks, |job| scale::run(options, job).map(done)),
+    }
+}
+
+fn time(kind: &str, options: &BenchOptions) -> Result<()> {
+    let training = kind == "train";
     ensure!(
         options.steps > 0 && options.batch_size > 0,
         "--steps and --batch-size must be at least 1"
@@ -39,15 +48,12 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     let batch = RandomBatch::new(&network, options.batch_size)?;
     let load = ForeignLoad::start();
     let clock = Arc::new(StageClock::new());
-    let times_s = match command {
-        BenchCommand::Train(_) => time_training(&mut engine, &network, &batch, options, &clock)?,
-        BenchCommand::Infer(_) => time_inference(&mut engine, &network, &batch, options, &clock)?,
+    let times_s = match training {
+        true => time_training(&mut engine, &network, &batch, options, &clock)?,
+        false => time_inference(&mut engine, &network, &batch, options, &clock)?,
     };
     let foreign_cores = load.cores();
-    let memory = match command {
-        BenchCommand::Train(_) => Some(engine.training_memory(options.batch_size)),
-        BenchCommand::Infer(_) => None,
-    };
+    let memory = training.then(|| engine.training_memory(options.batch_size));
     // Weights, gradients, momentum and averages, and the batch, belong to the training loop.
     let values = network.variables.trainable_len();
     let beside_bytes = 4 * 4 * values + batch.bytes();
