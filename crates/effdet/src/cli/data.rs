@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::SourceArgs;
+use super::{ModelArgs, SourceArgs};
 
 /// Options of `data`.
 #[derive(Debug, Args)]
@@ -79,6 +79,12 @@ Examples:
         #[arg(long, value_name = "N", default_value_t = 32, alias = "num_shards")]
         num_shards: usize,
     },
+    /// Find what is wrong with a data set before training does.
+    Doctor(Box<DoctorArgs>),
+    /// Fetch a public data set.
+    Download(DownloadArgs),
+    /// Draw images with their boxes.
+    View(Box<ViewArgs>),
     /// Images, boxes, classes and sizes of a data set.
     #[command(after_help = "Example:\n  effdet data inspect --data shape")]
     Inspect {
@@ -107,4 +113,112 @@ Examples:
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+}
+
+/// Options of `data doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit code 1 when there are errors, or with --strict warnings.
+
+Examples:
+  effdet data doctor --data bccd
+  effdet data doctor --data shape --model d0 --image-size 256 --html doctor.html
+  effdet data doctor --data mine --checkpoint runs/d0-1 --json
+  effdet data doctor --training_file_pattern 'records/train-*' --val_file_pattern 'records/val-*' \\
+                     --val-json instances_val2017.json")]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Splits of --data to examine; default: every split.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', requires = "data")]
+    pub splits: Vec<String>,
+    /// Compare the class map with that of a run or step folder, and take its anchors.
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
+    /// Open some images only, and do not look for copies.
+    #[arg(long)]
+    pub quick: bool,
+    /// Fail on warnings, too.
+    #[arg(long)]
+    pub strict: bool,
+    /// Write a page with the worst examples drawn.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Data sets that can be fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DownloadSet {
+    /// 118,287 training and 5,000 held-out images, 80 categories, 20 GB.
+    Coco2017,
+    /// 9,963 images, 20 categories, 0.9 GB.
+    Voc2007,
+    /// 17,125 images, 20 categories, 2 GB.
+    Voc2012,
+}
+
+/// Options of `data download`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A download that was broken off goes on where it stopped. Checksums are always compared, those of mirrors, too.
+
+Examples:
+  effdet data download voc2007 --output voc
+  effdet data download coco2017 --parts val,annotations --output coco
+  effdet data download coco2017 --output coco --base-url https://mirror.example/coco")]
+pub struct DownloadArgs {
+    /// Which one.
+    pub set: DownloadSet,
+    /// Folder to put it in.
+    #[arg(long, short, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Archives to fetch; default: all. COCO: annotations, val, train; VOC: trainval, test.
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub parts: Vec<String>,
+    /// A mirror with the same paths below this address.
+    #[arg(long, value_name = "URL")]
+    pub base_url: Option<String>,
+    /// Refuse archives of more bytes.
+    #[arg(long, value_name = "N", default_value_t = 25_000_000_000)]
+    pub max_bytes: u64,
+    /// Leave the archives there after unpacking.
+    #[arg(long)]
+    pub keep_archives: bool,
+}
+
+/// Options of `data view`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  effdet data view --data shape --split val --output sheet.png
+  effdet data view --data bccd --category WBC --count 24 --seed 1 --output wbc.html")]
+pub struct ViewArgs {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// Split of --data.
+    #[arg(long, value_name = "NAME", default_value = "train")]
+    pub split: String,
+    /// What to write: a contact sheet (.png, .jpg) or a page (.html).
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Images.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub count: usize,
+    /// Side of an image on the sheet in pixels.
+    #[arg(long, value_name = "PX", default_value_t = 320)]
+    pub tile: u32,
+    /// Images of a row of the sheet.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub columns: usize,
+    /// Only images with an object of this category.
+    #[arg(long, value_name = "NAME")]
+    pub category: Option<String>,
+    /// Choose at random by this seed instead of evenly.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
 }

@@ -11,14 +11,14 @@ mod ranks;
 mod recipe;
 mod train;
 
-pub use data::{ConvertFormat, DataArgs, DataCommand};
+pub use data::{ConvertFormat, DataArgs, DataCommand, DoctorArgs, DownloadArgs, DownloadSet, ViewArgs};
 pub use eval::EvalArgs;
 pub use infer::InferArgs;
 pub use inspect::{InspectArgs, InspectCommand};
 pub use launch::LaunchArgs;
 pub use ranks::RankArgs;
 pub use recipe::{RecipeArgs, RecipeCommand, RecipeRun};
-pub use train::{EngineArgs, ModelArgs, SourceArgs, TrainArgs};
+pub use train::{EngineArgs, ModelArgs, OnCorrupt, SourceArgs, TrainArgs};
 
 use clap::{Args, Parser, Subcommand};
 

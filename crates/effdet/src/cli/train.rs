@@ -71,6 +71,33 @@ pub struct SourceArgs {
     #[arg(long)]
     #[serde(default)]
     pub follow_links: bool,
+    /// What to do about damaged samples: stop, leave them out, or leave them out and copy their bytes for inspection.
+    #[arg(long, value_name = "POLICY", default_value = "fail")]
+    #[serde(default)]
+    pub on_corrupt: OnCorrupt,
+    /// Most damaged samples that may be left out: a number, or a percentage of the split [default: 1%].
+    #[arg(long, value_name = "N|P%", value_parser = cap)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_corrupt: Option<String>,
+}
+
+/// What to do about damaged samples.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum OnCorrupt {
+    /// Stop at the first one.
+    #[default]
+    Fail,
+    /// Find them before anything starts, leave them out and list them.
+    Skip,
+    /// As skip, and copy their bytes beside the list.
+    Quarantine,
+}
+
+fn cap(text: &str) -> Result<String, String> {
+    text.parse::<effdet_data::corrupt::Cap>().map(|_| text.to_owned())
 }
 
 /// Options of `train`.
@@ -204,6 +231,9 @@ pub struct TrainArgs {
     /// Ranks that a dry run plans for.
     #[arg(long, value_name = "N", hide = true)]
     pub plan_ranks: Option<usize>,
+    /// Train without the quick form of `effdet data doctor` first.
+    #[arg(long)]
+    pub no_doctor: bool,
     /// Half precision; not available on this engine yet, only `false` is accepted.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub amp: Option<bool>,

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Result, bail, ensure};
 use effdet_data::coco;
@@ -15,6 +16,7 @@ use serde_json::json;
 
 use super::progress::Progress;
 use super::sources::{self, Part};
+use super::{doctor, download, view};
 use crate::cli::{ConvertFormat, DataCommand, SourceArgs};
 
 /// Largest encoded image that is copied.
@@ -22,9 +24,9 @@ const MAX_ENCODED_BYTES: u64 = 256 << 20;
 /// Image sizes that `inspect` lists.
 const SIZES_SHOWN: usize = 5;
 
-/// Converts, inspects or renders a data set.
-pub fn run(command: &DataCommand) -> Result<()> {
-    match command {
+/// Converts, inspects, examines, fetches, draws or renders a data set.
+pub fn run(command: &DataCommand) -> Result<ExitCode> {
+    let done = match command {
         DataCommand::Convert {
             source,
             image_dir,
@@ -54,13 +56,16 @@ pub fn run(command: &DataCommand) -> Result<()> {
                 _ => None,
             };
             if let Some(dataset) = one {
-                return target.write(&dataset, None);
+                return target.write(&dataset, None).map(|()| ExitCode::SUCCESS);
             }
-            for (split, dataset) in sources::load_splits(source, splits)? {
-                target.write(&dataset, Some(&split))?;
-            }
-            Ok(())
+            let splits = sources::load_splits(source, splits)?;
+            splits
+                .iter()
+                .try_for_each(|(split, dataset)| target.write(dataset, Some(split)))
         }
+        DataCommand::Doctor(args) => return doctor::run(args),
+        DataCommand::Download(args) => download::run(args),
+        DataCommand::View(args) => view::run(args),
         DataCommand::Inspect { source, json } => inspect(source, *json),
         DataCommand::Synth {
             output,
@@ -69,7 +74,8 @@ pub fn run(command: &DataCommand) -> Result<()> {
             image_size,
             seed,
         } => synth(output, *images, *val_images, *image_size, *seed),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Where a data set is converted to.

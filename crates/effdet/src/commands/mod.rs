@@ -4,6 +4,8 @@ mod bench;
 mod checkpoint;
 mod data;
 mod detector;
+mod doctor;
+mod download;
 mod engine;
 mod eval;
 mod ground_truth;
@@ -25,6 +27,7 @@ mod run_config;
 mod sources;
 mod terminal;
 mod train;
+mod view;
 
 use std::process::ExitCode;
 
@@ -37,7 +40,7 @@ use crate::cli::{Cli, Command, InspectCommand};
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Bench(args) => return bench::run(&args.command),
-        Command::Data(args) => data::run(&args.command)?,
+        Command::Data(args) => return data::run(&args.command),
         Command::Eval(args) => return eval::run(&args),
         Command::Infer(args) => return infer::run(&args),
         Command::Inspect(args) => inspect(&args.command)?,

@@ -41,6 +41,12 @@ impl Progress {
         self.bar.inc(items);
     }
 
+    /// Sets the number of items that are through.
+    #[cfg(feature = "download")]
+    pub fn set(&mut self, items: u64) {
+        self.advance(items.saturating_sub(self.bar.position()));
+    }
+
     /// Prints a line to stderr without tearing the bar.
     pub fn say(&self, line: &str) {
         self.bar.suspend(|| eprintln!("{line}"));

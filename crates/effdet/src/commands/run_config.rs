@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
+use effdet_data::corrupt::Excluded;
 use effdet_data::dataset::DetectionDataset;
+use effdet_data::report::LoadReport;
 use effdet_data::synthetic::{self, SyntheticConfig};
 use effdet_metrics::METRIC_NAMES;
 use effdet_model::hparams::{HParams, Profile};
@@ -50,23 +52,35 @@ pub enum DataConfig {
         smallest_radius: f32,
     },
     /// Named on the command line.
-    Files(SourceArgs),
+    Files(Box<SourceArgs>),
 }
 
 /// Data of a run.
 pub struct RunData {
     pub train: Arc<DetectionDataset>,
     pub val: Option<Arc<DetectionDataset>>,
+    /// How the user's data were read; none for rendered data.
+    pub origins: Vec<Origin>,
+}
+
+/// How one part of the user's data was read.
+pub struct Origin {
+    pub part: sources::Part,
+    pub report: LoadReport,
+    pub format: &'static str,
+    pub place: String,
+    pub excluded: Vec<Excluded>,
 }
 
 impl DataConfig {
     /// Whether it is the data that the command line names by `source`.
     pub fn is_of(&self, source: &SourceArgs) -> bool {
-        matches!(self, Self::Files(own) if own == source)
+        matches!(self, Self::Files(own) if **own == *source)
     }
 
     /// Reads or renders the data.
     pub fn load(&self, eval_samples: Option<usize>) -> Result<RunData> {
+        let mut origins = Vec::new();
         let (train, mut val) = match self {
             Self::Synthetic {
                 images,
@@ -87,10 +101,22 @@ impl DataConfig {
                     Some(synthetic::dataset(&config, *images..images + val_images)),
                 )
             }
-            Self::Files(args) => (
-                sources::require(args, sources::Part::Train)?,
-                sources::load(args, sources::Part::Val)?,
-            ),
+            Self::Files(args) => {
+                let mut take = |part, loaded: sources::Loaded| {
+                    origins.push(Origin {
+                        part,
+                        report: loaded.report,
+                        format: loaded.format,
+                        place: loaded.place,
+                        excluded: loaded.excluded,
+                    });
+                    loaded.dataset
+                };
+                let train = sources::require_part(args, sources::Part::Train)?;
+                let train = take(sources::Part::Train, train);
+                let val = sources::load_part(args, sources::Part::Val)?;
+                (train, val.map(|val| take(sources::Part::Val, val)))
+            }
         };
         if let (Some(val), Some(limit)) = (&mut val, eval_samples) {
             val.examples.truncate(limit);
@@ -115,6 +141,7 @@ impl DataConfig {
         Ok(RunData {
             train: Arc::new(train),
             val: val.map(Arc::new),
+            origins,
         })
     }
 }
@@ -140,7 +167,7 @@ pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
 /// Configuration of a run of `ranks` processes on the user's data, and that data.
 pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)> {
     let mut hparams = resolve_hparams(&args.model, "d0")?;
-    let source = DataConfig::Files(sources::absolute(&args.source)?);
+    let source = DataConfig::Files(Box::new(sources::absolute(&args.source)?));
     let data = source.load(args.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
     let batch_size = args.batch_size.unwrap_or(8);

@@ -21,9 +21,9 @@ use super::engine::cpu_engine;
 use super::plan::plan;
 use super::pretrained::{load_pretrained, print_match};
 use super::ranks::{self, Job, from_root};
-use super::run_config::{RunConfig, RunData, configure, label_map_of};
+use super::run_config::{DataConfig, RunConfig, RunData, configure, label_map_of};
 use super::terminal::Terminal;
-use super::{quickstart, report, sources};
+use super::{doctor, quickstart, report, sources};
 use crate::cli::TrainArgs;
 
 /// Where runs go that were given no folder.
@@ -56,6 +56,10 @@ fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
         (config, data)
     };
     let label_map = label_map_of(&data.train)?;
+    if given && !args.no_doctor {
+        let pretrained = args.pretrained_ckpt.as_deref();
+        doctor::before_training(&data, &config.hparams, pretrained, job.is_root())?;
+    }
     ranks::verify(job, &config, &data, &label_map)?;
     if args.dry_run {
         if job.is_root() {
@@ -238,6 +242,16 @@ fn newest_run(args: &TrainArgs) -> Result<PathBuf> {
         .with_context(|| format!("no run on this data in {RUNS}/: name its folder with --run-dir"))
 }
 
+/// Writes what was left out of the data into the run folder.
+fn list_excluded(config: &RunConfig, data: &RunData, run_dir: &Path) -> Result<()> {
+    if let DataConfig::Files(source) = &config.data {
+        for origin in &data.origins {
+            sources::list_excluded(source, origin.part, &origin.excluded, run_dir)?;
+        }
+    }
+    Ok(())
+}
+
 /// Trains, reports and says where everything is.
 #[expect(clippy::too_many_arguments, reason = "everything that makes a run")]
 fn execute(
@@ -250,6 +264,9 @@ fn execute(
     mut state: TrainState,
     run_dir: &Path,
 ) -> Result<Ending> {
+    if job.is_root() {
+        list_excluded(config, &data, run_dir)?;
+    }
     let mut engine_args = args.engine.clone();
     engine_args.threads = job.threads(args.engine.threads);
     let mut engine = cpu_engine(network, &engine_args)?;
