@@ -54,13 +54,14 @@ pub trait Transport {
 }
 
 /// The first ranks of a group as a group of their own.
-#[derive(Debug)]
-pub(crate) struct FirstRanks<'a, T> {
-    pub all: &'a T,
+///
+/// The whole group is behind a trait object: groups of groups would be types without end.
+pub(crate) struct FirstRanks<'a> {
+    pub all: &'a dyn Transport,
     pub size: usize,
 }
 
-impl<T: Transport> Transport for FirstRanks<'_, T> {
+impl Transport for FirstRanks<'_> {
     fn rank(&self) -> usize {
         self.all.rank()
     }
