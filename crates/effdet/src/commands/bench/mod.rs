@@ -1,5 +1,6 @@
 //! `effdet bench`.
 
+mod distribution;
 mod random_batch;
 mod scale;
 mod stages;
@@ -18,6 +19,7 @@ use effdet_model::weights::Weights;
 use effdet_train::optimizer::Optimizer;
 use serde_json::json;
 
+use self::distribution::Distribution;
 use self::random_batch::RandomBatch;
 use self::stages::StageClock;
 use super::engine::cpu_engine;
@@ -61,18 +63,17 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         (memory.as_ref()).map(|memory| (memory.total_bytes() + beside_bytes) as f64 / f64::from(1 << 20));
     let table = clock.table(options.batch_size);
 
-    let mut sorted = times_s.clone();
-    sorted.sort_by(f64::total_cmp);
-    let (p50, p90) = (percentile(&sorted, 0.5), percentile(&sorted, 0.9));
-    let img_s = options.batch_size as f64 / p50;
+    let distribution = Distribution::new(&times_s);
+    let img_s = options.batch_size as f64 / distribution.percentile_s(50);
     let mut out = std::io::stdout().lock();
     if options.json {
         let mut report = json!({
             "bench": kind, "model": network.hparams.name, "image_size": network.hparams.image_size,
             "batch": options.batch_size, "threads": threads, "isa": isa.to_string(), "cpu": cpu_name(),
-            "img_s": img_s, "latency_ms": 1e3 * p50, "latency_p90_ms": 1e3 * p90, "times_s": times_s,
+            "img_s": img_s, "times_s": times_s,
             "peak_rss_mb": peak_rss_mib(), "predicted_mb": predicted_mib, "foreign_cores": foreign_cores,
         });
+        distribution.add_to(&mut report, options.batch_size);
         report["stages"] = table.json();
         writeln!(out, "{report}")?;
         return Ok(());
@@ -85,14 +86,7 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         options.batch_size,
         cpu_name().as_deref().unwrap_or("unknown processor")
     )?;
-    writeln!(
-        out,
-        "  {img_s:.2} img/s at the median; per step: median {:.1} ms, 90 % within {:.1} ms, fastest {:.1} ms, {} steps",
-        1e3 * p50,
-        1e3 * p90,
-        1e3 * sorted[0],
-        sorted.len()
-    )?;
+    distribution.print(&mut out, options.batch_size)?;
     if let Some(mib) = peak_rss_mib() {
         let predicted = predicted_mib.map_or_else(String::new, |mib| format!(", {mib:.0} MiB predicted"));
         writeln!(out, "  peak memory {mib:.0} MiB{predicted}")?;
@@ -132,12 +126,6 @@ fn write_memory(out: &mut impl Write, memory: &MemoryEstimate, beside_bytes: usi
         writeln!(out, "    {name:<30} {:>21.1}", mib(bytes))?;
     }
     Ok(())
-}
-
-/// The smallest time that at least `share` of all times do not exceed.
-fn percentile(sorted: &[f64], share: f64) -> f64 {
-    let rank = (share * sorted.len() as f64).ceil() as usize;
-    sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
 fn time_training(
@@ -207,17 +195,4 @@ fn time_steps(
     }
     engine.listen(None);
     Ok(times_s)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::percentile;
-
-    #[test]
-    fn percentiles_are_times_that_were_measured() {
-        let times = [1.0, 2.0, 3.0, 4.0];
-        assert_eq!(percentile(&times, 0.5), 2.0);
-        assert_eq!(percentile(&times, 0.9), 4.0);
-        assert_eq!(percentile(&times[..1], 0.5), 1.0);
-    }
 }
