@@ -17,11 +17,12 @@ const TRAIN_IMAGES: u64 = 1200;
 const VAL_IMAGES: u64 = 100;
 const IMAGE_SIZE: usize = 128;
 const BATCH_SIZE: usize = 8;
-const EPOCHS: f64 = 40.0;
+const EPOCHS: f64 = 30.0;
 const LEARNING_RATE: f64 = 0.06;
 /// Objects of a fifth to nine tenths of the image's side, so that a small input shows what they are.
 const SMALLEST_RADIUS: f32 = 0.11;
-const MAX_OBJECTS: u64 = 3;
+/// More would hide each other, and the extent of what is hidden cannot be learnt.
+const MAX_OBJECTS: u64 = 2;
 /// At this input size the levels above are maps of one or two cells, over which batch norm has no statistics worth the name.
 const MAX_LEVEL: usize = 5;
 
