@@ -5,7 +5,18 @@
 
 use effdet_model::hparams::{HParams, ImageSize, Profile, ResizeRule};
 use effdet_model::rng::{Draws, Purpose};
+use half::f16;
 use image::RgbImage;
+
+/// Number format that pixels are normalised and resized in; they are delivered as float32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PixelPrecision {
+    /// float32 throughout.
+    #[default]
+    Float32,
+    /// Every step of the normalisation and the resized image rounded to float16, as the reference trains in half precision.
+    Float16,
+}
 
 /// How images and boxes are prepared.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,13 +33,20 @@ pub struct PreprocessConfig {
     pub jitter_max: f32,
     /// Flip with probability one half.
     pub random_flip: bool,
+    /// Number format of the pixels.
+    precision: PixelPrecision,
     /// Normalised value of every byte, per colour.
     lut: [[f32; 256]; 3],
 }
 
 impl PreprocessConfig {
-    /// The preparation that `hparams` ask for.
+    /// The preparation that `hparams` ask for, in float32.
     pub fn new(hparams: &HParams) -> Self {
+        Self::with_precision(hparams, PixelPrecision::Float32)
+    }
+
+    /// The preparation that `hparams` ask for, in a number format.
+    pub fn with_precision(hparams: &HParams, precision: PixelPrecision) -> Self {
         Self {
             image_size: hparams.image_size,
             target_size: hparams.target_size.unwrap_or(hparams.image_size),
@@ -36,23 +54,34 @@ impl PreprocessConfig {
             jitter_min: hparams.jitter_min as f32,
             jitter_max: hparams.jitter_max as f32,
             random_flip: hparams.input_rand_hflip,
-            lut: normalization_table(hparams),
+            precision,
+            lut: normalization_table(hparams, precision),
         }
     }
+}
+
+/// The nearest float16, ties to even.
+fn round_to_f16(value: f32) -> f32 {
+    f16::from_f32(value).to_f32()
 }
 
 /// Normalised value of every byte.
 ///
 /// Seed: `(p·(1/255) − mean)/stddev` with both in units of `[0, 1]`; automl: `(p − mean)/stddev` in units of `[0, 255]`.
-fn normalization_table(hparams: &HParams) -> [[f32; 256]; 3] {
+fn normalization_table(hparams: &HParams, precision: PixelPrecision) -> [[f32; 256]; 3] {
+    let round = match precision {
+        PixelPrecision::Float32 => |value: f32| value,
+        PixelPrecision::Float16 => round_to_f16,
+    };
+    let unit = round(1.0 / 255.0);
     std::array::from_fn(|channel| {
         let (mean, stddev) = (hparams.mean_rgb[channel], hparams.stddev_rgb[channel]);
-        std::array::from_fn(|byte| match hparams.profile {
-            Profile::Seed => {
-                let (mean, stddev) = ((mean / 255.0) as f32, (stddev / 255.0) as f32);
-                (byte as f32 * (1.0 / 255.0) - mean) / stddev
-            }
-            Profile::Google => (byte as f32 - mean as f32) / stddev as f32,
+        std::array::from_fn(|byte| {
+            let (value, mean, stddev) = match hparams.profile {
+                Profile::Seed => (round(byte as f32 * unit), mean / 255.0, stddev / 255.0),
+                Profile::Google => (byte as f32, mean, stddev),
+            };
+            round(round(value - round(mean as f32)) / round(stddev as f32))
         })
     })
 }
@@ -237,6 +266,9 @@ pub fn place_image(config: &PreprocessConfig, image: &RgbImage, placement: &Plac
         for ((value, &top), &bottom) in inside.iter_mut().zip(&lines[0]).zip(&lines[1]) {
             *value = top + (bottom - top) * tap.weight;
         }
+        if config.precision == PixelPrecision::Float16 {
+            inside.iter_mut().for_each(|value| *value = round_to_f16(*value));
+        }
         padding.fill(0.0);
     }
     out[rows * width * 3..].fill(0.0);
@@ -266,6 +298,10 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
             }
         }
     }
+    let round = |value: f32| match config.precision {
+        PixelPrecision::Float32 => value,
+        PixelPrecision::Float16 => f16::from_f32(value).to_f32(),
+    };
     let (sh, sw) = (placement.scaled_height, placement.scaled_width);
     let (ys, xs) = (
         taps(config.resize_rule, h, sh, 0, sh),
@@ -278,7 +314,7 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
                 let at = |y: usize, x: usize| normalized[(y * w + x) * 3 + c];
                 let top = at(ty.low, tx.low) + (at(ty.low, tx.high) - at(ty.low, tx.low)) * tx.weight;
                 let bottom = at(ty.high, tx.low) + (at(ty.high, tx.high) - at(ty.high, tx.low)) * tx.weight;
-                resized[(y * sw + x) * 3 + c] = top + (bottom - top) * ty.weight;
+                resized[(y * sw + x) * 3 + c] = round(top + (bottom - top) * ty.weight);
             }
         }
     }
@@ -318,9 +354,13 @@ mod tests {
     ];
 
     fn config(height: usize, width: usize) -> PreprocessConfig {
+        config_in(PixelPrecision::Float32, height, width)
+    }
+
+    fn config_in(precision: PixelPrecision, height: usize, width: usize) -> PreprocessConfig {
         let mut hparams = HParams::preset("d0").unwrap();
         hparams.image_size = ImageSize { height, width };
-        PreprocessConfig::new(&hparams)
+        PreprocessConfig::with_precision(&hparams, precision)
     }
 
     fn golden() -> Value {
@@ -386,9 +426,19 @@ mod tests {
     /// Source: `golden.json`, `eval_HxW_float32`.
     #[test]
     fn evaluation_inputs_equal_the_reference() {
+        check_evaluation(PixelPrecision::Float32, "float32", 1e-5);
+    }
+
+    /// Source: `golden.json`, `eval_HxW_float16`; the values are float16 numbers and must be the very same.
+    #[test]
+    fn half_precision_inputs_are_the_float16_numbers_of_the_reference() {
+        check_evaluation(PixelPrecision::Float16, "float16", 0.0);
+    }
+
+    fn check_evaluation(precision: PixelPrecision, name: &str, tolerance: f64) {
         for (height, width) in [(64, 64), (128, 96)] {
-            let expected = &golden()[format!("eval_{height}x{width}_float32")];
-            let config = config(height, width);
+            let expected = &golden()[format!("eval_{height}x{width}_{name}")];
+            let config = config_in(precision, height, width);
             let placement = Placement::evaluation(&config, 37, 53);
             let scaled = [placement.scaled_height as f64, placement.scaled_width as f64];
             assert_eq!(floats(&expected["scaled"]), scaled);
@@ -397,8 +447,8 @@ mod tests {
                 expected["scale"].as_f64().unwrap() as f32
             );
             let worst = check(expected, &config, &placement);
-            println!("eval {height}x{width}: largest error {worst:e}");
-            assert!(worst <= 1e-5, "largest error {worst}");
+            println!("eval {height}x{width} {name}: largest error {worst:e}");
+            assert!(worst <= tolerance, "{height}x{width}: largest error {worst}");
         }
     }
 
@@ -480,9 +530,10 @@ mod tests {
         #[test]
         fn the_fused_pass_equals_the_plain_steps(
             (height, width) in (1usize..40, 1usize..40), (out_height, out_width) in (1usize..48, 1usize..48),
-            u in [0.0f32..1.0, 0.0..1.0, 0.0..1.0], flip: bool, half_pixel: bool, seed: u64,
+            u in [0.0f32..1.0, 0.0..1.0, 0.0..1.0], flip: bool, half_pixel: bool, float16: bool, seed: u64,
         ) {
-            let mut config = config(out_height, out_width);
+            let precision = if float16 { PixelPrecision::Float16 } else { PixelPrecision::Float32 };
+            let mut config = config_in(precision, out_height, out_width);
             if half_pixel {
                 config.resize_rule = ResizeRule::HalfPixel;
             }
