@@ -1,14 +1,14 @@
 //! Lays a network out as steps, buffers and constants.
 
 use effdet_model::network::{
-    MbConv, Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB, Resample, ResizeKind, SeparableConv,
+    Conv, MbConv, Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB, Resample, ResizeKind, SeparableConv,
 };
 
 use super::bands::{BandLayer, BandTask, Feature, LevelLayer, Source, Target};
 use super::depthwise::{Geometry, LANE_GROUP};
 use super::fold::Constants;
 use super::lifetimes::{Lifetimes, Slot};
-use super::pointwise::{Excitation, PointwiseLayer};
+use super::pointwise::{Excitation, Gate, PointwiseLayer};
 use super::run::Output;
 use crate::engine::act_of;
 use crate::kernels::resample::Resampler;
@@ -164,10 +164,15 @@ impl Builder<'_> {
         self.push_bands(stage, vec![layer]);
 
         let project = self.constants.dense(&block.project, Some(block.project_bn));
-        let gated = block.squeeze_excite.zip(sums).map(|(layer, sums)| {
+        let mut gate = Gate::None;
+        if let Some((layer, sums)) = block.squeeze_excite.zip(sums) {
             let table = &self.network.variables;
-            let bias =
-                |conv: &effdet_model::network::Conv| conv.bias.expect("squeeze-and-excitation has biases");
+            let bias = |conv: &Conv| conv.bias.expect("squeeze-and-excitation has biases");
+            gate = if Gate::belongs_to_rows(cells, &project) {
+                Gate::Rows(self.define(channels))
+            } else {
+                Gate::Weights(self.define(project.packed_len()))
+            };
             let work = Work::Excite(Excitation {
                 sums: self.read(sums),
                 bands,
@@ -179,19 +184,17 @@ impl Builder<'_> {
                 expand_bias: self.constants.copy(table, bias(&layer.expand)),
                 act,
                 project,
-                gated: self.define(project.packed_len()),
+                gate,
             });
-            let Work::Excite(Excitation { gated, .. }) = &work else {
-                unreachable!()
-            };
-            let gated = *gated;
             let values = 2 * project.packed_len();
             self.push(stage, Kernel::Pack, (0, values), work);
-            gated
-        });
+        }
+        if let Gate::Rows(slot) | Gate::Weights(slot) = gate {
+            self.read(slot);
+        }
         let layer = PointwiseLayer {
             dense: project,
-            gated: gated.map(|slot| self.read(slot)),
+            gate,
             input: self.read(wide),
             residual: input.filter(|_| block.skip).map(|slot| self.read(slot)),
             out: self.define(cells * project.outputs),
@@ -254,7 +257,7 @@ impl Builder<'_> {
             let rows = resample.input.cells();
             matches.push(PointwiseLayer {
                 dense: self.constants.dense(&matched.conv, matched.bn),
-                gated: None,
+                gate: Gate::None,
                 input: self.read(backbone[feature]),
                 residual: None,
                 out: self.define(rows * filters),

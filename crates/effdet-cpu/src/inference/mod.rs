@@ -199,7 +199,8 @@ impl Plan {
                 .map(|(index, task)| layers[*index].scratch_len(task))
                 .max()
                 .unwrap_or(0),
-            _ => 0,
+            Work::Pointwise(layers, _) => layers.iter().map(|layer| layer.scratch_len()).max().unwrap_or(0),
+            Work::Excite(_) | Work::Levels(_) => 0,
         };
         let scratch = self.steps.iter().map(scratch).max().unwrap_or(0);
         let bytes = |values: usize| values * size_of::<f32>();
@@ -269,10 +270,10 @@ impl Step {
                 // SAFETY: see above.
                 unsafe { layers[*layer].run(run, task, worker) }
             }),
-            Work::Pointwise(layers, tasks) => pool.run(tasks.len(), &|task, _| {
+            Work::Pointwise(layers, tasks) => pool.run(tasks.len(), &|task, worker| {
                 let (layer, rows) = &tasks[task];
                 // SAFETY: see above.
-                unsafe { layers[*layer].run(run, rows.clone()) }
+                unsafe { layers[*layer].run(run, rows.clone(), worker) }
             }),
             // SAFETY: see above.
             Work::Excite(excitation) => unsafe { excitation.run(run) },

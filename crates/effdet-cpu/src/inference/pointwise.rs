@@ -6,10 +6,14 @@ use super::fold::Dense;
 use super::lifetimes::Slot;
 use super::product::{Product, Rows, multiply};
 use super::run::Run;
+use crate::arena::SharedPtr;
 use crate::kernels::gemm::PANEL;
 use crate::kernels::se;
 use crate::math::Act;
 use crate::simd::{Simd, dispatch};
+
+/// Rows that are gated at a time: few enough to stay in the L2 cache beside the weights.
+const GATED_ROWS: usize = 16;
 
 /// Tasks of a layer: enough to keep the threads of a workstation evenly busy.
 const TASKS: usize = 16;
@@ -20,12 +24,28 @@ const ROW_UNIT: usize = 8;
 /// Values of the left operand that are worked on at a time: they should stay in the L2 cache beside the weights.
 const BLOCK_VALUES: usize = 64 << 10;
 
+/// Where a gate per input channel goes: to the weights or to the rows, whichever are fewer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gate {
+    None,
+    /// Weights made at run time in place of those among the constants.
+    Weights(Slot),
+    /// The gates, `[channels]`, which multiply every row.
+    Rows(Slot),
+}
+
+impl Gate {
+    /// Whether rows are to be multiplied: they are in the caches, while weights come from memory and their products go there.
+    pub(super) fn belongs_to_rows(rows: usize, dense: &Dense) -> bool {
+        rows <= 2 * dense.outputs
+    }
+}
+
 /// One pointwise convolution: `out = bias + x·W (+ residual)`.
 #[derive(Debug)]
 pub(super) struct PointwiseLayer {
     pub dense: Dense,
-    /// Weights made at run time in place of those among the constants.
-    pub gated: Option<Slot>,
+    pub gate: Gate,
     pub input: Slot,
     pub residual: Option<Slot>,
     pub out: Slot,
@@ -50,24 +70,52 @@ impl PointwiseLayer {
             .collect()
     }
 
+    /// Rows that are worked on at a time.
+    fn block(&self) -> usize {
+        let rows = (BLOCK_VALUES / self.dense.inputs / ROW_UNIT).max(1) * ROW_UNIT;
+        match self.gate {
+            Gate::Rows(_) => rows.min(GATED_ROWS),
+            Gate::None | Gate::Weights(_) => rows * 3,
+        }
+    }
+
+    /// Values of scratch memory that a task needs.
+    pub(super) fn scratch_len(&self) -> usize {
+        match self.gate {
+            Gate::Rows(_) => self.block() * self.dense.inputs,
+            Gate::None | Gate::Weights(_) => 0,
+        }
+    }
+
     /// Computes some rows.
     ///
     /// # Safety
-    /// The slots must hold what the layer reads, and the rows of `out` belong to the caller.
-    pub(super) unsafe fn run(&self, run: &Run<'_>, rows: Range<usize>) {
+    /// Call it inside a task of the pool with its worker; the slots must hold what the layer reads, and the rows of `out` belong
+    /// to the caller.
+    pub(super) unsafe fn run(&self, run: &Run<'_>, rows: Range<usize>, worker: usize) {
         let (inputs, outputs) = (self.dense.inputs, self.dense.outputs);
-        let block = (BLOCK_VALUES / inputs / ROW_UNIT).max(1) * 3 * ROW_UNIT;
+        let block = self.block();
         // SAFETY: the caller's promise; rows are inside the tensors.
         unsafe {
-            let b = match self.gated {
-                Some(slot) => run.buffer(slot).cast_const(),
-                None => run.constant(self.dense.weights),
+            let b = match self.gate {
+                Gate::Weights(slot) => run.buffer(slot).cast_const(),
+                Gate::None | Gate::Rows(_) => run.constant(self.dense.weights),
             };
+            let slab = run
+                .executor
+                .pool()
+                .scratch(worker, self.scratch_len())
+                .as_mut_ptr();
             for first in rows.clone().step_by(block) {
                 let count = block.min(rows.end - first);
+                let mut a = run.buffer(self.input).add(first * inputs).cast_const();
+                if let Gate::Rows(gate) = self.gate {
+                    gate_rows(run.isa(), (count, inputs), run.buffer(gate), a, slab);
+                    a = slab;
+                }
                 let product = Product::plain(
                     (count, outputs, inputs),
-                    (run.buffer(self.input).add(first * inputs), inputs),
+                    (a, inputs),
                     b,
                     run.constant(self.dense.bias),
                 );
@@ -85,9 +133,7 @@ impl PointwiseLayer {
     }
 }
 
-/// Squeeze-and-excitation: gates from channel sums, and the projection's weights multiplied by them.
-///
-/// Weights have fewer values than the map they are applied to, so the gates go there.
+/// Squeeze-and-excitation: gates from channel sums, and the projection's weights multiplied by them where that is where they go.
 #[derive(Debug)]
 pub(super) struct Excitation {
     /// Channel sums of bands, `[bands, channels up to whole lane groups]`.
@@ -102,15 +148,15 @@ pub(super) struct Excitation {
     pub expand_bias: Range<usize>,
     pub act: Act,
     pub project: Dense,
-    /// Overwritten with the gated weights, packed as those of `project`.
-    pub gated: Slot,
+    /// Overwritten with the gates or with the gated weights, packed as those of `project`.
+    pub gate: Gate,
 }
 
 impl Excitation {
     /// Computes gates and gated weights.
     ///
     /// # Safety
-    /// The sums must be made, and nobody else use `gated`.
+    /// The sums must be made, and nobody else use the slot of `gate`.
     pub(super) unsafe fn run(&self, run: &Run<'_>) {
         let squeezed = self.reduce_bias.len();
         let stride = self.channels.next_multiple_of(PANEL);
@@ -140,6 +186,18 @@ impl Excitation {
                 gate: &mut gate,
             };
             se::excite(run.executor, args);
+            let gated = match self.gate {
+                Gate::None => return,
+                Gate::Rows(slot) => {
+                    let out = std::slice::from_raw_parts_mut(run.buffer(slot), self.channels);
+                    out.copy_from_slice(&gate);
+                    return;
+                }
+                Gate::Weights(slot) => SharedPtr::new(std::slice::from_raw_parts_mut(
+                    run.buffer(slot),
+                    self.project.packed_len(),
+                )),
+            };
             let panels = self.project.outputs.div_ceil(PANEL);
             let panel_len = self.channels * PANEL;
             run.executor.pool().run(panels, &|panel, _| {
@@ -148,11 +206,47 @@ impl Excitation {
                     run.isa(),
                     &gate,
                     run.constant(self.project.weights).add(at),
-                    run.buffer(self.gated).add(at),
+                    gated.get().add(at),
                 );
             });
         }
     }
+}
+
+#[inline(always)]
+unsafe fn gate_rows_body<S: Simd>(
+    (rows, columns): (usize, usize),
+    gate: *const f32,
+    source: *const f32,
+    out: *mut f32,
+) {
+    for row in 0..rows {
+        for column in (0..columns).step_by(S::LANES) {
+            let (at, lanes) = (row * columns + column, S::LANES.min(columns - column));
+            // SAFETY: rows and columns of both, `columns` gates.
+            unsafe {
+                if lanes == S::LANES {
+                    let gated = S::mul(S::load(source.add(at)), S::load(gate.add(column)));
+                    S::store(out.add(at), gated);
+                } else {
+                    let gated = S::mul(
+                        S::load_partial(source.add(at), lanes),
+                        S::load_partial(gate.add(column), lanes),
+                    );
+                    S::store_partial(out.add(at), gated, lanes);
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Multiplies rows by a vector.
+    ///
+    /// # Safety
+    /// `isa` must be available and the pointers valid.
+    unsafe fn gate_rows(shape: (usize, usize), gate: *const f32, source: *const f32, out: *mut f32)
+        = gate_rows_body;
 }
 
 #[inline(always)]

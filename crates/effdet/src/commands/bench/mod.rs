@@ -12,7 +12,9 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use effdet_cpu::engine::{CpuEngine, MemoryEstimate};
+use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::probe::Probe;
+use effdet_cpu::simd::Isa;
 use effdet_model::engine::{Engine, HeadOutputs, StepOptions};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -22,7 +24,7 @@ use serde_json::json;
 use self::distribution::Distribution;
 use self::random_batch::RandomBatch;
 use self::stages::StageClock;
-use super::engine::cpu_engine;
+use super::engine::{cpu_engine, inference_plan};
 use super::host::{ForeignLoad, cpu_name, peak_rss_mib};
 use super::model::resolve_hparams;
 use super::ranks;
@@ -45,22 +47,22 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         "--steps and --batch-size must be at least 1"
     );
     let network = Arc::new(Network::new(&resolve_hparams(&options.model, "d0")?)?);
-    let mut engine = cpu_engine(&network, &options.engine)?;
-    let (isa, threads) = (engine.isa(), engine.threads());
     let batch = RandomBatch::new(&network, options.batch_size)?;
     let load = ForeignLoad::start();
     let clock = Arc::new(StageClock::new());
-    let times_s = match training {
-        true => time_training(&mut engine, &network, &batch, options, &clock)?,
-        false => time_inference(&mut engine, &network, &batch, options, &clock)?,
+    let Timing {
+        isa,
+        threads,
+        times_s,
+        memory,
+        predicted_bytes,
+        beside_bytes,
+    } = match training {
+        true => time_training(&network, &batch, options, &clock)?,
+        false => time_inference(&network, &batch, options, &clock)?,
     };
     let foreign_cores = load.cores();
-    let memory = training.then(|| engine.training_memory(options.batch_size));
-    // Weights, gradients, momentum and averages, and the batch, belong to the training loop.
-    let values = network.variables.trainable_len();
-    let beside_bytes = 4 * 4 * values + batch.bytes();
-    let predicted_mib =
-        (memory.as_ref()).map(|memory| (memory.total_bytes() + beside_bytes) as f64 / f64::from(1 << 20));
+    let predicted_mib = predicted_bytes as f64 / f64::from(1 << 20);
     let table = clock.table(options.batch_size);
 
     let distribution = Distribution::new(&times_s);
@@ -88,8 +90,10 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
     )?;
     distribution.print(&mut out, options.batch_size)?;
     if let Some(mib) = peak_rss_mib() {
-        let predicted = predicted_mib.map_or_else(String::new, |mib| format!(", {mib:.0} MiB predicted"));
-        writeln!(out, "  peak memory {mib:.0} MiB{predicted}")?;
+        writeln!(
+            out,
+            "  peak memory {mib:.0} MiB, {predicted_mib:.0} MiB predicted"
+        )?;
     }
     if let Some(memory) = &memory {
         write_memory(&mut out, memory, beside_bytes)?;
@@ -128,19 +132,32 @@ fn write_memory(out: &mut impl Write, memory: &MemoryEstimate, beside_bytes: usi
     Ok(())
 }
 
+/// What was measured, and on what.
+struct Timing {
+    isa: Isa,
+    threads: usize,
+    times_s: Vec<f64>,
+    /// Memory of a training step.
+    memory: Option<MemoryEstimate>,
+    predicted_bytes: usize,
+    /// The part of it that belongs to the loop around the engine.
+    beside_bytes: usize,
+}
+
 fn time_training(
-    engine: &mut CpuEngine,
-    network: &Network,
+    network: &Arc<Network>,
     batch: &RandomBatch,
     options: &BenchOptions,
     clock: &Arc<StageClock>,
-) -> Result<Vec<f64>> {
+) -> Result<Timing> {
+    let mut engine = cpu_engine(network, &options.engine)?;
     let mut weights = Weights::init(&network.variables, 0);
     let mut average = Weights::zeros(&network.variables);
     let mut optimizer = Optimizer::new(&network.hparams, &network.variables)?;
     let mut gradients = vec![0.0; weights.trainable.len()];
     let mut step = 0;
-    time_steps(engine, options, clock, |engine| {
+    let listen = |engine: &mut CpuEngine, probe| engine.listen(probe);
+    let times_s = time_steps(&mut engine, options, clock, listen, |engine| {
         engine.train_step(
             &mut weights,
             &batch.training(),
@@ -157,34 +174,60 @@ fn time_training(
         step += 1;
         optimizer.average(&mut average, &weights, step);
         Ok(())
+    })?;
+    let memory = engine.training_memory(options.batch_size);
+    // Weights, gradients, momentum and averages, and the batch, belong to the training loop.
+    let beside_bytes = 4 * 4 * network.variables.trainable_len() + batch.bytes();
+    Ok(Timing {
+        isa: engine.isa(),
+        threads: engine.threads(),
+        times_s,
+        predicted_bytes: memory.total_bytes() + beside_bytes,
+        memory: Some(memory),
+        beside_bytes,
     })
 }
 
 fn time_inference(
-    engine: &mut CpuEngine,
-    network: &Network,
+    network: &Arc<Network>,
     batch: &RandomBatch,
     options: &BenchOptions,
     clock: &Arc<StageClock>,
-) -> Result<Vec<f64>> {
-    let weights = Weights::init(&network.variables, 0);
+) -> Result<Timing> {
+    let mut plan = inference_plan(network, &Weights::init(&network.variables, 0), &options.engine)?;
     let mut outputs = HeadOutputs::default();
-    time_steps(engine, options, clock, |engine| {
-        Ok(engine.infer(&weights, &batch.images(), &mut outputs)?)
+    let listen = |plan: &mut InferencePlan, probe| plan.listen(probe);
+    let times_s = time_steps(&mut plan, options, clock, listen, |plan| {
+        Ok(plan.infer(&batch.images(), &mut outputs)?)
+    })?;
+    let outputs = (outputs.levels.iter())
+        .map(|level| level.class_logits.len() + level.box_codes.len())
+        .sum::<usize>();
+    // Start weights are gone, but a peak counts them.
+    let values = network.variables.trainable_len() + network.variables.statistics_len();
+    let beside_bytes = 4 * (outputs + values) + batch.bytes();
+    Ok(Timing {
+        isa: plan.isa(),
+        threads: plan.threads(),
+        times_s,
+        memory: None,
+        predicted_bytes: plan.memory().total_bytes() + beside_bytes,
+        beside_bytes,
     })
 }
 
 /// Seconds of each counted step, whose stages `clock` follows.
-fn time_steps(
-    engine: &mut CpuEngine,
+fn time_steps<E>(
+    engine: &mut E,
     options: &BenchOptions,
     clock: &Arc<StageClock>,
-    mut step: impl FnMut(&mut CpuEngine) -> Result<()>,
+    listen: impl Fn(&mut E, Option<Arc<dyn Probe>>),
+    mut step: impl FnMut(&mut E) -> Result<()>,
 ) -> Result<Vec<f64>> {
     for _ in 0..options.warmup {
         step(engine)?;
     }
-    engine.listen(Some(Arc::clone(clock) as Arc<dyn Probe>));
+    listen(engine, Some(Arc::clone(clock) as Arc<dyn Probe>));
     let mut times_s = Vec::with_capacity(options.steps);
     for _ in 0..options.steps {
         let begin = Instant::now();
@@ -193,6 +236,6 @@ fn time_steps(
         clock.end_step();
         times_s.push(begin.elapsed().as_secs_f64());
     }
-    engine.listen(None);
+    listen(engine, None);
     Ok(times_s)
 }

@@ -11,7 +11,7 @@ use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use serde_json::{Value, json};
 
-use super::percentile;
+use super::distribution::Distribution;
 use super::random_batch::RandomBatch;
 use crate::cli::ScaleOptions;
 use crate::commands::engine::cpu_engine;
@@ -116,8 +116,7 @@ fn median_s(count: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
         work()?;
         times.push(clock.elapsed().as_secs_f64());
     }
-    times.sort_by(f64::total_cmp);
-    Ok(percentile(&times, 0.5))
+    Ok(Distribution::new(&times).percentile_s(50))
 }
 
 fn measure(
@@ -148,7 +147,6 @@ fn measure(
         step(&mut Vec::new())?;
     }
     let step_s = median_s(steps, || step(&mut sums_s))?;
-    sums_s.sort_by(f64::total_cmp);
     let mut by_size = Vec::new();
     if group.size() > 1 {
         for values in SIZES.into_iter().chain([gradients.len()]) {
@@ -163,7 +161,7 @@ fn measure(
     Ok(Measured {
         ranks: group.size(),
         step_s,
-        sum_s: percentile(&sums_s, 0.5),
+        sum_s: Distribution::new(&sums_s).percentile_s(50),
         sums_s: by_size,
     })
 }
