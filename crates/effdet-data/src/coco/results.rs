@@ -26,7 +26,7 @@ pub struct ResultRow {
 /// Reads a results JSON.
 ///
 /// # Errors
-/// [`DataError`] naming the file.
+/// [`DataError`](crate::error::DataError) naming the file.
 pub fn read_results(json: &Path) -> Result<Vec<ResultRow>> {
     read_json(json)
 }
@@ -34,7 +34,8 @@ pub fn read_results(json: &Path) -> Result<Vec<ResultRow>> {
 /// Writes a results JSON; every number reads back exactly.
 ///
 /// # Errors
-/// [`DataError::Caller`] for a box or a score that is not finite; [`DataError::Io`].
+/// [`DataError::Caller`](crate::error::DataError::Caller) for a box or a score that is not finite;
+/// [`DataError::Io`](crate::error::DataError::Io).
 pub fn write_results(json: &Path, rows: &[ResultRow]) -> Result<()> {
     for (index, row) in rows.iter().enumerate() {
         require_finite(&row.bbox, row.score, || {

@@ -2,7 +2,7 @@
 //!
 //! A box is `[xmin, ymin, xmax − xmin, ymax − ymin]`, corners as written (the convention of automl's converter). Categories are
 //! those of `categories.json` where there is one, the twenty of VOC when every name belongs to them, otherwise the names found,
-//! sorted, with ids from 1. What the format cannot hold lies in a [sidecar](crate::sidecar).
+//! sorted, with ids from 1. What the format cannot hold lies in a [sidecar file](crate::sidecar).
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};

@@ -36,7 +36,7 @@ pub struct RawObject {
 /// Reads one annotation; entities other than the five of XML are refused.
 ///
 /// # Errors
-/// [`DataError::Malformed`] with file and byte; never panics on any input.
+/// [`DataError::Malformed`](crate::error::DataError::Malformed) with file and byte; never panics on any input.
 pub fn parse(file: &Path, text: &str) -> Result<Annotation> {
     let mut reader = Reader::from_str(text);
     let mut annotation = Annotation::default();

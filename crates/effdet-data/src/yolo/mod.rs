@@ -3,7 +3,7 @@
 //! A label is `class x y width height`, centre and size divided by those of the image, or `class x1 y1 x2 y2 x3 y3 …`, a polygon
 //! that stands for its bounding box. Class k is category k + 1 unless `categories.json` says otherwise. Image ids are the numbers
 //! that the files are called by where all are, otherwise they count from 1. What the format cannot hold lies in a
-//! [sidecar](crate::sidecar).
+//! [sidecar file](crate::sidecar).
 
 use std::collections::HashSet;
 use std::fs::File;
