@@ -3,6 +3,8 @@
 //! An engine is coarse: it takes a batch and gives losses and gradients, or takes images and gives head outputs. It speaks of
 //! batches, flat parameter buffers and named outputs, so a GPU engine can stand behind the same trait.
 
+use std::sync::mpsc::Sender;
+
 use crate::weights::Weights;
 
 /// A batch of network inputs as the loader hands them over.
@@ -169,6 +171,28 @@ pub trait Engine: Send {
         options: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError>;
+
+    /// The same, handing out parts of `gradients` that are finished while the pass goes on, so that they can be summed over ranks
+    /// meanwhile.
+    ///
+    /// Parts come from the end of the buffer to its beginning and make up all of it; where they are cut depends on the network
+    /// alone. An engine that cannot tell hands out everything at the end.
+    ///
+    /// # Errors
+    /// As [`Self::train_step`]; nothing is handed out then.
+    fn train_step_in_parts<'g>(
+        &mut self,
+        weights: &mut Weights,
+        batch: &TrainBatch<'_>,
+        options: &StepOptions<'_>,
+        gradients: &'g mut [f32],
+        finished: Sender<&'g mut [f32]>,
+    ) -> Result<StepLosses, EngineError> {
+        let losses = self.train_step(weights, batch, options, gradients)?;
+        // A receiver that is gone has failed and knows why.
+        let _ = finished.send(gradients);
+        Ok(losses)
+    }
 
     /// Runs the network with moving statistics.
     ///

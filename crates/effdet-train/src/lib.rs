@@ -10,3 +10,5 @@ mod ranks;
 pub mod schedule;
 pub mod sinks;
 pub mod trainer;
+
+pub use ranks::{Reduction, train_step_on_ranks};

@@ -1,11 +1,15 @@
 //! What a step, an evaluation and the start of a run exchange between ranks.
 
 use std::cell::RefCell;
+use std::sync::mpsc;
+use std::thread;
 
 use effdet_dist::{DistError, ProcessGroup, Wire};
 use effdet_metrics::DetectionRow;
-use effdet_model::engine::{StepLosses, SumOverRanks};
+use effdet_model::engine::{Engine, StepLosses, StepOptions, SumOverRanks, TrainBatch};
+use effdet_model::weights::Weights;
 
+use crate::error::TrainError;
 use crate::trainer::TrainState;
 
 /// Gives every rank the state of rank 0.
@@ -37,21 +41,66 @@ pub fn broadcast_state(group: &dyn ProcessGroup, state: &mut TrainState) -> Resu
     Ok(())
 }
 
-/// Adds up gradients, losses and batch-norm statistics, each already multiplied by the share of its rank.
+/// How gradients are summed over ranks.
+#[derive(Clone, Copy)]
+pub struct Reduction<'a> {
+    /// The ranks.
+    pub group: &'a dyn ProcessGroup,
+    /// How values travel.
+    pub wire: Wire,
+    /// This rank's gradients count by this factor.
+    pub share: f32,
+}
+
+/// Runs a step whose gradients are summed over ranks part by part, as the backward pass finishes them.
+///
+/// The engine has a thread of its own meanwhile; this one talks to the other ranks, and so batch norm is each rank's own:
+/// `options.sync` is left out.
+///
+/// # Errors
+/// Those of the engine and the group.
+///
+/// # Determinism
+/// The bits of a sum behind the pass: parts are cut where the network says, and every value is summed on its own.
+pub fn train_step_on_ranks(
+    engine: &mut dyn Engine,
+    weights: &mut Weights,
+    batch: &TrainBatch<'_>,
+    options: &StepOptions<'_>,
+    gradients: &mut [f32],
+    reduction: Reduction<'_>,
+) -> Result<StepLosses, TrainError> {
+    let (sender, finished) = mpsc::channel::<&mut [f32]>();
+    let &StepOptions { seed, epoch, .. } = options;
+    thread::scope(|scope| {
+        let step = scope.spawn(move || {
+            let sync = None;
+            let options = StepOptions { seed, epoch, sync };
+            engine.train_step_in_parts(weights, batch, &options, gradients, sender)
+        });
+        for part in finished {
+            part.iter_mut().for_each(|g| *g *= reduction.share);
+            reduction.group.all_reduce_sum(part, reduction.wire)?;
+        }
+        let losses = step
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(losses)
+    })
+}
+
+/// Adds up losses and batch-norm statistics, each already multiplied by the share of its rank.
 ///
 /// Statistics are averaged in every step, which a moving average allows: it is linear. So every rank holds the same state at any
 /// time, and what is evaluated and saved is no single rank's.
 ///
 /// # Errors
 /// Those of the group.
-pub fn reduce_step(
+pub fn reduce_losses(
     group: &dyn ProcessGroup,
-    wire: Wire,
-    gradients: &mut [f32],
     losses: &mut StepLosses,
     statistics: &mut [f32],
 ) -> Result<(), DistError> {
-    group.all_reduce_sum(gradients, wire)?;
     let mut small = statistics.to_vec();
     small.extend([
         losses.class_loss,

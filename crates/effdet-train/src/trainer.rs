@@ -24,7 +24,9 @@ use crate::eval::{Evaluation, Evaluator, preparation};
 use crate::events::{Event, EventSink, StepRecord};
 use crate::modes::EvaluationRule;
 use crate::optimizer::Optimizer;
-use crate::ranks::{BatchNormSums, broadcast_state, gather_ids, reduce_step, sum_positives};
+use crate::ranks::{
+    BatchNormSums, Reduction, broadcast_state, gather_ids, reduce_losses, sum_positives, train_step_on_ranks,
+};
 use crate::schedule::Schedule;
 
 /// How a run goes, beside its hyper-parameters.
@@ -414,6 +416,12 @@ impl<'c> Trainer<'c> {
         let ranks = inputs.group.size();
         let mut rank_share = 1.0;
         let sync = self.config.sync_bn && ranks > 1;
+        // Batch norm over all ranks talks to them in the middle of the pass, so its gradients wait until that is over.
+        let overlaps = ranks > 1 && !sync && self.config.accumulate == 1;
+        let wire = match self.config.half_gradients {
+            true => Wire::F16,
+            false => Wire::F32,
+        };
         let sums = BatchNormSums::new(inputs.group);
         let mut ids = Vec::new();
         let mut position = state.sample_position;
@@ -427,33 +435,36 @@ impl<'c> Trainer<'c> {
                     TrainError::Config("the training data ended: this is a bug, please report it".into())
                 })??,
             };
+            let mut train_batch = batch.train_batch();
+            if sync {
+                let positives = sum_positives(inputs.group, batch.positives.iter().sum())?;
+                train_batch.targets.normalizer = normalizer(positives);
+            }
+            // Ranks may take parts of different sizes; every image counts the same.
+            let part_of_rank = batch.len() as f32 / self.config.global_batch() as f32;
+            let own = if ranks > 1 && !sync { part_of_rank } else { 1.0 };
+            let share = own / self.config.accumulate as f32;
             // Stochastic depth draws by sample; the stream's position stands for the epoch in its keys.
             let options = StepOptions {
                 seed: self.config.seed,
                 epoch: 0,
                 sync: sync.then_some(&sums as &dyn SumOverRanks),
             };
-            let mut train_batch = batch.train_batch();
-            if sync {
-                let positives = sum_positives(inputs.group, batch.positives.iter().sum())?;
-                train_batch.targets.normalizer = normalizer(positives);
-            }
-            let part = inputs
-                .engine
-                .train_step(&mut state.weights, &train_batch, &options, gradients)?;
+            let (engine, weights) = (&mut *inputs.engine, &mut state.weights);
+            let part = if overlaps {
+                let group = inputs.group;
+                let reduction = Reduction { group, wire, share };
+                train_step_on_ranks(engine, weights, &train_batch, &options, gradients, reduction)?
+            } else {
+                engine.train_step(weights, &train_batch, &options, gradients)?
+            };
             sums.check()?;
-            // Ranks may take parts of different sizes; every image counts the same.
-            let part_of_rank = batch.len() as f32 / self.config.global_batch() as f32;
-            let own = if ranks > 1 && !sync { part_of_rank } else { 1.0 };
-            let share = own / self.config.accumulate as f32;
             losses.class_loss += share * part.class_loss;
             losses.box_loss += share * part.box_loss;
             losses.box_iou_loss += share * part.box_iou_loss;
             losses.det_loss += share * part.det_loss;
             if self.config.accumulate > 1 {
                 sum.iter_mut().zip(&*gradients).for_each(|(s, g)| *s += share * g);
-            } else if ranks > 1 {
-                gradients.iter_mut().for_each(|g| *g *= share);
             }
             rank_share = part_of_rank;
             position = batch.end_position;
@@ -470,18 +481,16 @@ impl<'c> Trainer<'c> {
             gradients
         };
         if ranks > 1 {
-            let wire = if self.config.half_gradients {
-                Wire::F16
-            } else {
-                Wire::F32
-            };
+            if !overlaps {
+                inputs.group.all_reduce_sum(gradients, wire)?;
+            }
             // Synchronised statistics are the same everywhere.
             let statistics = match sync {
                 true => &mut [][..],
                 false => &mut state.weights.statistics[..],
             };
             statistics.iter_mut().for_each(|value| *value *= rank_share);
-            reduce_step(inputs.group, wire, gradients, &mut losses, statistics)?;
+            reduce_losses(inputs.group, &mut losses, statistics)?;
         }
         let update = state.optimizer.prepare(&state.weights, gradients);
         for (what, value) in [

@@ -6,7 +6,8 @@
 use effdet_model::network::{MbConv, Network, SqueezeExcite, Stem};
 
 use super::batch_norm::BatchNormState;
-use super::pass::{Gradients, Pass, per_image};
+use super::gradients::Gradients;
+use super::pass::{Pass, per_image};
 use super::timeline::Step;
 use super::{Beside, BuildContext};
 use crate::arena::{AlignedBuf, Lifetime};
@@ -584,6 +585,7 @@ impl Backbone {
                 feature,
                 gradients,
             );
+            gradients.finish_from(self.blocks[index].layer.first_variable());
         }
 
         pass.enter(Step::StemBackward);

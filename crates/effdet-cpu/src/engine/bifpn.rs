@@ -5,7 +5,8 @@ use effdet_model::network::{ChannelMatch, MapSize, Network, Node, Resample, Resi
 
 use super::backbone::Backbone;
 use super::batch_norm::BatchNormState;
-use super::pass::{Gradients, Pass};
+use super::gradients::Gradients;
+use super::pass::Pass;
 use super::timeline::{Step, Timeline};
 use super::{Beside, BuildContext};
 use crate::arena::{AlignedBuf, Lifetime};

@@ -5,7 +5,8 @@
 use effdet_model::network::{Head, Level, Network};
 
 use super::batch_norm::BatchNormState;
-use super::pass::{Gradients, Pass};
+use super::gradients::Gradients;
+use super::pass::Pass;
 use super::timeline::Step;
 use super::{Beside, BuildContext};
 use crate::arena::AlignedBuf;

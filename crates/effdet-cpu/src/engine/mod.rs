@@ -7,11 +7,13 @@
 mod backbone;
 mod batch_norm;
 mod bifpn;
+mod gradients;
 mod heads;
 mod pass;
 mod timeline;
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::IGNORED;
@@ -22,13 +24,14 @@ use effdet_model::engine::{
 use effdet_model::hparams::{ActType, IouLossKind};
 use effdet_model::loss::LossError;
 use effdet_model::loss::iou::coded_loss;
-use effdet_model::network::{Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB};
+use effdet_model::network::{Head, Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB, VariableId};
 use effdet_model::weights::Weights;
 
 use self::backbone::Backbone;
 use self::bifpn::Pyramid;
+use self::gradients::{GradientBuffer, Gradients, Parts};
 use self::heads::{Heads, Which};
-use self::pass::{Clock, Gradients, Pass, Statistics};
+use self::pass::{Clock, Pass, Statistics};
 use self::timeline::{Step, Timeline};
 use crate::arena::{AlignedBuf, Lifetime};
 use crate::inference::Plan;
@@ -418,13 +421,19 @@ fn layers_for<'a>(
     slot.get_or_insert_with(|| Layers::new(network, images, training))
 }
 
-impl Engine for CpuEngine {
-    fn train_step(
+/// The first variable of a head.
+fn first_of(head: &Head) -> VariableId {
+    let first = head.layers.first().map_or(&head.predict, |layer| &layer.conv);
+    first.depthwise.kernel
+}
+
+impl CpuEngine {
+    fn step(
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
         options: &StepOptions<'_>,
-        gradients: &mut [f32],
+        gradients: &mut dyn GradientBuffer,
     ) -> Result<StepLosses, EngineError> {
         let hparams = &self.network.hparams;
         let images = batch.images.batch;
@@ -455,7 +464,7 @@ impl Engine for CpuEngine {
         )?;
         check_len(
             "gradients",
-            gradients.len(),
+            gradients.values().len(),
             weights.trainable.len(),
             "pass a buffer like the trainable weights",
         )?;
@@ -494,7 +503,7 @@ impl Engine for CpuEngine {
 
         let mut gradients = Gradients {
             table: &self.network.variables,
-            values: gradients,
+            buffer: gradients,
         };
         heads.forward(&mut pass, Which::Class, head_input);
         let (logits, rows) = heads.outputs(Which::Class);
@@ -542,7 +551,16 @@ impl Engine for CpuEngine {
         let box_iou_loss = iou.map_or(0.0, |iou| iou.add_to(heads.outputs(Which::Box).0));
         heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
 
+        let network = &self.network;
+        gradients.finish_from(first_of(&network.class_head).min(first_of(&network.box_head)));
         pyramid.backward(&pass, backbone, head_gradient, &mut gradients);
+        // The backbone comes first; its last block writes the gradients of its last batch norm later.
+        gradients.finish_behind(
+            network
+                .blocks
+                .last()
+                .map_or(&network.stem.bn, |block| &block.project_bn),
+        );
         backbone.backward(
             &pass,
             batch.images.pixels,
@@ -557,6 +575,33 @@ impl Engine for CpuEngine {
             box_iou_loss: box_iou_loss as f32,
             det_loss: det_loss as f32,
         })
+    }
+}
+
+impl Engine for CpuEngine {
+    fn train_step(
+        &mut self,
+        weights: &mut Weights,
+        batch: &TrainBatch<'_>,
+        options: &StepOptions<'_>,
+        mut gradients: &mut [f32],
+    ) -> Result<StepLosses, EngineError> {
+        self.step(weights, batch, options, &mut gradients)
+    }
+
+    fn train_step_in_parts<'g>(
+        &mut self,
+        weights: &mut Weights,
+        batch: &TrainBatch<'_>,
+        options: &StepOptions<'_>,
+        gradients: &'g mut [f32],
+        finished: Sender<&'g mut [f32]>,
+    ) -> Result<StepLosses, EngineError> {
+        let rest = gradients;
+        let mut parts = Parts { rest, finished };
+        let losses = self.step(weights, batch, options, &mut parts)?;
+        parts.finish_from(0);
+        Ok(losses)
     }
 
     fn infer(

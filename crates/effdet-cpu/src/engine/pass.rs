@@ -7,6 +7,7 @@ use effdet_model::hparams::FusionMethod;
 use effdet_model::network::{Conv, VariableId, VariableTable};
 
 use super::batch_norm::BatchNormState;
+use super::gradients::Gradients;
 use super::timeline::{Step, Timeline};
 use crate::arena::Region;
 use crate::kernels::Executor;
@@ -100,7 +101,7 @@ impl<'a> Pass<'a> {
         gradients: &mut Gradients<'_>,
     ) {
         // γ and β belong to this rank's loss; what goes on backwards depends on the batches of all.
-        state.write_gradients(self.table, gradients.values);
+        state.write_gradients(self.table, gradients.all());
         let counts = state.sum_over_ranks(self.sync, counts);
         state.backward(self.table, self.trainable, &counts);
     }
@@ -109,37 +110,6 @@ impl<'a> Pass<'a> {
     pub(super) fn branch_factors(&self, survival: f32, layer: u64) -> Option<Vec<f32>> {
         let keys = self.draws.filter(|_| self.training() && survival < 1.0)?;
         Some(keys.branch_factors(survival, layer))
-    }
-}
-
-/// The flat gradient buffer.
-#[derive(Debug)]
-pub(super) struct Gradients<'a> {
-    pub table: &'a VariableTable,
-    pub values: &'a mut [f32],
-}
-
-impl Gradients<'_> {
-    /// Gradient of one variable.
-    pub(super) fn of(&mut self, id: VariableId) -> &mut [f32] {
-        &mut self.values[self.table[id].range()]
-    }
-
-    /// Gradients of several different variables at once; none gives an empty slice.
-    pub(super) fn of_all<const N: usize>(&mut self, ids: [Option<VariableId>; N]) -> [&mut [f32]; N] {
-        let mut order: Vec<usize> = (0..N).filter(|&i| ids[i].is_some()).collect();
-        order.sort_by_key(|&i| ids[i]);
-        let mut slices: [&mut [f32]; N] = std::array::from_fn(|_| Default::default());
-        let (mut rest, mut taken) = (&mut *self.values, 0);
-        for i in order {
-            let Some(id) = ids[i] else { continue };
-            let range = self.table[id].range();
-            let (_, tail) = rest.split_at_mut(range.start - taken);
-            let (slice, tail) = tail.split_at_mut(range.len());
-            slices[i] = slice;
-            (rest, taken) = (tail, range.end);
-        }
-        slices
     }
 }
 

@@ -147,6 +147,13 @@ pub struct MbConv {
     pub endpoint: Option<usize>,
 }
 
+impl MbConv {
+    /// The first of its variables.
+    pub fn first_variable(&self) -> VariableId {
+        (self.expand.as_ref()).map_or(self.depthwise.kernel, |(conv, _)| conv.kernel)
+    }
+}
+
 /// 1×1 convolution (with bias) that brings a feature to F channels, and its batch norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChannelMatch {

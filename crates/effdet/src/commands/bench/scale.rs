@@ -9,6 +9,7 @@ use effdet_dist::{ProcessGroup, Wire};
 use effdet_model::engine::{Engine, StepOptions};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
+use effdet_train::{Reduction, train_step_on_ranks};
 use serde_json::{Value, json};
 
 use super::distribution::Distribution;
@@ -46,12 +47,20 @@ const NETWORKS: [(&str, f64, f64, f64); 3] = [
 ];
 const MODEL_RANKS: [usize; 7] = [1, 8, 32, 128, 256, 512, 1024];
 
+/// A part of the gradients that is finished before the backward pass is.
+#[derive(Clone, Copy)]
+struct Part {
+    /// Seconds from the beginning of the step.
+    ready_s: f64,
+    values: usize,
+}
+
 /// What was measured with some ranks.
 struct Measured {
     ranks: usize,
-    /// Seconds of a step with its sum, and of the sum alone.
+    /// Seconds of a step with its sums, and of one without.
     step_s: f64,
-    sum_s: f64,
+    alone_s: f64,
     /// Seconds of a sum by number of values.
     sums_s: Vec<(usize, f64)>,
 }
@@ -75,6 +84,11 @@ pub fn run(options: &ScaleOptions, job: &Job<'_>) -> Result<()> {
         .collect();
     sizes.push(all.size());
     let mut measured = Vec::new();
+    let parts = match all.is_root() {
+        true => parts_of_step(&mut engine, &network, &batch)?,
+        false => Vec::new(),
+    };
+    all.barrier()?;
     for ranks in sizes {
         if let Some(group) = all.first(ranks) {
             measured.push(measure(
@@ -98,6 +112,7 @@ pub fn run(options: &ScaleOptions, job: &Job<'_>) -> Result<()> {
         threads: engine.threads(),
         values: network.variables.trainable_len(),
         statistics: network.variables.statistics_len(),
+        parts,
         measured,
     };
     let mut out = std::io::stdout().lock();
@@ -119,6 +134,30 @@ fn median_s(count: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(Distribution::new(&times).percentile_s(50))
 }
 
+/// When the gradients of a step are ready; the second step, which finds everything in place.
+fn parts_of_step(engine: &mut dyn Engine, network: &Network, batch: &RandomBatch) -> Result<Vec<Part>> {
+    let mut weights = Weights::init(&network.variables, 0);
+    let mut gradients = vec![0.0f32; weights.trainable.len()];
+    let (batch, options) = (batch.training(), StepOptions::default());
+    engine.train_step(&mut weights, &batch, &options, &mut gradients)?;
+    let (sender, finished) = std::sync::mpsc::channel::<&mut [f32]>();
+    let clock = Instant::now();
+    let gradients = &mut gradients[..];
+    std::thread::scope(|scope| {
+        let parts = scope.spawn(move || {
+            let note = |part: &mut [f32]| Part {
+                ready_s: clock.elapsed().as_secs_f64(),
+                values: part.len(),
+            };
+            finished.into_iter().map(note).collect()
+        });
+        engine.train_step_in_parts(&mut weights, &batch, &options, gradients, sender)?;
+        Ok(parts
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}
+
 fn measure(
     engine: &mut dyn Engine,
     network: &Network,
@@ -129,24 +168,30 @@ fn measure(
 ) -> Result<Measured> {
     let mut weights = Weights::init(&network.variables, 0);
     let mut gradients = vec![0.0f32; weights.trainable.len()];
-    let mut sums_s = Vec::with_capacity(steps);
-    let mut step = |sums_s: &mut Vec<f64>| -> Result<()> {
-        engine.train_step(
-            &mut weights,
-            &batch.training(),
-            &StepOptions::default(),
-            &mut gradients,
-        )?;
-        // Ranks that are late are part of what a sum costs.
-        let clock = Instant::now();
-        group.all_reduce_sum(&mut gradients, Wire::F32)?;
-        sums_s.push(clock.elapsed().as_secs_f64());
-        Ok(())
+    let (batch, options) = (batch.training(), StepOptions::default());
+    let reduction = Reduction {
+        group,
+        wire: Wire::F32,
+        share: 1.0 / group.size() as f32,
     };
-    for _ in 0..warmup {
-        step(&mut Vec::new())?;
+    let mut times = [Vec::new(), Vec::new()];
+    // In turns, so that what disturbs one disturbs the other.
+    for round in 0..warmup + steps {
+        for (summed, times) in times.iter_mut().enumerate() {
+            // All start together: a rank that is late is part of what a sum costs, but only its own step's.
+            group.barrier()?;
+            let clock = Instant::now();
+            if summed == 1 && group.size() > 1 {
+                train_step_on_ranks(engine, &mut weights, &batch, &options, &mut gradients, reduction)?;
+            } else {
+                engine.train_step(&mut weights, &batch, &options, &mut gradients)?;
+            }
+            if round >= warmup {
+                times.push(clock.elapsed().as_secs_f64());
+            }
+        }
     }
-    let step_s = median_s(steps, || step(&mut sums_s))?;
+    let [alone_s, step_s] = times.map(|times| Distribution::new(&times).percentile_s(50));
     let mut by_size = Vec::new();
     if group.size() > 1 {
         for values in SIZES.into_iter().chain([gradients.len()]) {
@@ -161,9 +206,19 @@ fn measure(
     Ok(Measured {
         ranks: group.size(),
         step_s,
-        sum_s: Distribution::new(&sums_s).percentile_s(50),
+        alone_s,
         sums_s: by_size,
     })
+}
+
+impl Measured {
+    /// What the sums add to a step beyond the time that they share with the backward pass.
+    fn exposed_s(&self) -> f64 {
+        match self.ranks {
+            1 => 0.0,
+            _ => (self.step_s - self.alone_s).max(0.0),
+        }
+    }
 }
 
 struct Report {
@@ -172,6 +227,8 @@ struct Report {
     threads: usize,
     values: usize,
     statistics: usize,
+    /// Of a step on one rank.
+    parts: Vec<Part>,
     measured: Vec<Measured>,
 }
 
@@ -186,8 +243,9 @@ impl Report {
 
     /// Seconds of a step on `ranks` ranks of one machine each, by the costs of a network.
     ///
-    /// `compute + 2·(N−1)/N·bytes/bandwidth + exchanges·(latency + (N−2)·message)`; a sum has two exchanges per bucket, the sum of
-    /// statistics and losses two more, the stop flag one. Nothing overlaps.
+    /// A sum takes `2·(N−1)/N·bytes/bandwidth + exchanges·(latency + (N−2)·message)` with two exchanges per bucket. Parts are summed
+    /// one after the other, each from when it was ready in the measured step; statistics and losses (two exchanges) and the stop
+    /// flag (one) follow.
     fn modelled_s(&self, ranks: usize, network: (&str, f64, f64, f64)) -> f64 {
         let (_, bandwidth, latency_s, message_s) = network;
         let compute_s = self.measured[0].step_s;
@@ -195,9 +253,14 @@ impl Report {
             return compute_s;
         }
         let n = ranks as f64;
-        let bytes = 4.0 * (self.values + self.statistics) as f64;
-        let exchanges = (2 * self.values.div_ceil(BUCKET) + 3) as f64;
-        compute_s + 2.0 * (n - 1.0) / n * bytes / bandwidth + exchanges * (latency_s + (n - 2.0) * message_s)
+        let cost_s = |values: usize, exchanges: usize| {
+            let bytes = 4.0 * values as f64;
+            2.0 * (n - 1.0) / n * bytes / bandwidth + exchanges as f64 * (latency_s + (n - 2.0) * message_s)
+        };
+        let summed_s = (self.parts.iter()).fold(0.0f64, |end_s, part| {
+            end_s.max(part.ready_s) + cost_s(part.values, 2 * part.values.div_ceil(BUCKET))
+        });
+        summed_s.max(compute_s) + cost_s(self.statistics, 3)
     }
 
     fn json(&self) -> Value {
@@ -206,7 +269,7 @@ impl Report {
                 let sums: Vec<Value> = (m.sums_s.iter())
                     .map(|(values, seconds)| json!({"bytes": 4 * values, "ms": 1e3 * seconds}))
                     .collect();
-                json!({"ranks": m.ranks, "step_ms": 1e3 * m.step_s, "exposed_sum_ms": 1e3 * m.sum_s, "img_s": self.img_s(m),
+                json!({"ranks": m.ranks, "step_ms": 1e3 * m.step_s, "exposed_sum_ms": 1e3 * m.exposed_s(), "img_s": self.img_s(m),
                        "efficiency": self.efficiency(m), "all_reduce": sums})
             })
             .collect();
@@ -230,7 +293,7 @@ impl Report {
     fn print(&self, out: &mut impl Write) -> Result<()> {
         writeln!(
             out,
-            "{}: {} images per rank, {} threads per rank; gradients of {:.1} MiB, summed after the backward pass",
+            "{}: {} images per rank, {} threads per rank; gradients of {:.1} MiB, summed during the backward pass",
             self.model,
             self.batch,
             self.threads,
@@ -248,7 +311,7 @@ impl Report {
                 m.ranks,
                 self.img_s(m),
                 1e3 * m.step_s,
-                1e3 * m.sum_s,
+                1e3 * m.exposed_s(),
                 1e2 * self.efficiency(m)
             )?;
         }
@@ -295,10 +358,20 @@ mod tests {
             threads: 1,
             values: 3_900_000,
             statistics: 47_000,
+            parts: vec![
+                Part {
+                    ready_s: 0.3,
+                    values: 3_000_000,
+                },
+                Part {
+                    ready_s: 0.5,
+                    values: 900_000,
+                },
+            ],
             measured: vec![Measured {
                 ranks: 1,
                 step_s: 0.5,
-                sum_s: 0.0,
+                alone_s: 0.5,
                 sums_s: Vec::new(),
             }],
         };
@@ -310,8 +383,8 @@ mod tests {
             assert_eq!(times[0], 0.5);
             assert!(times.is_sorted());
         }
-        // 2·31/32·15.788 MB at 1.25 GB/s, 11 exchanges of 30 + 30·3 us.
-        let expected = 0.5 + 2.0 * 31.0 / 32.0 * 15.788e6 / 1.25e9 + 11.0 * 120e-6;
+        // The first part is summed before the second is ready: 2·31/32·3.788 MB at 1.25 GB/s, 5 exchanges of 30 + 30·3 us are left.
+        let expected = 0.5 + 2.0 * 31.0 / 32.0 * 3.788e6 / 1.25e9 + 5.0 * 120e-6;
         assert!((report.modelled_s(32, NETWORKS[0]) - expected).abs() < 1e-9);
     }
 }
