@@ -47,19 +47,29 @@ const NETWORKS: [(&str, f64, f64, f64); 3] = [
 ];
 const MODEL_RANKS: [usize; 7] = [1, 8, 32, 128, 256, 512, 1024];
 
+/// When the gradients of a step are summed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Summed {
+    Never,
+    Behind,
+    During,
+}
+const SUMMED: [Summed; 3] = [Summed::Never, Summed::Behind, Summed::During];
+
 /// A part of the gradients that is finished before the backward pass is.
 #[derive(Clone, Copy)]
 struct Part {
-    /// Seconds from the beginning of the step.
-    ready_s: f64,
+    /// Seconds before the end of the step.
+    early_s: f64,
     values: usize,
 }
 
 /// What was measured with some ranks.
 struct Measured {
     ranks: usize,
-    /// Seconds of a step with its sums, and of one without.
+    /// Seconds of a step with its sums, of one that sums behind the backward pass, and of one without sums.
     step_s: f64,
+    behind_s: f64,
     alone_s: f64,
     /// Seconds of a sum by number of values.
     sums_s: Vec<(usize, f64)>,
@@ -146,15 +156,18 @@ fn parts_of_step(engine: &mut dyn Engine, network: &Network, batch: &RandomBatch
     std::thread::scope(|scope| {
         let parts = scope.spawn(move || {
             let note = |part: &mut [f32]| Part {
-                ready_s: clock.elapsed().as_secs_f64(),
+                early_s: -clock.elapsed().as_secs_f64(),
                 values: part.len(),
             };
-            finished.into_iter().map(note).collect()
+            finished.into_iter().map(note).collect::<Vec<_>>()
         });
         engine.train_step_in_parts(&mut weights, &batch, &options, gradients, sender)?;
-        Ok(parts
+        let end_s = clock.elapsed().as_secs_f64();
+        let mut parts = parts
             .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        parts.iter_mut().for_each(|part| part.early_s += end_s);
+        Ok(parts)
     })
 }
 
@@ -174,24 +187,28 @@ fn measure(
         wire: Wire::F32,
         share: 1.0 / group.size() as f32,
     };
-    let mut times = [Vec::new(), Vec::new()];
-    // In turns, so that what disturbs one disturbs the other.
+    let mut times = [Vec::new(), Vec::new(), Vec::new()];
+    // In turns, so that what disturbs one disturbs the others.
     for round in 0..warmup + steps {
-        for (summed, times) in times.iter_mut().enumerate() {
-            // All start together: a rank that is late is part of what a sum costs, but only its own step's.
+        for (summed, times) in SUMMED.iter().zip(&mut times) {
             group.barrier()?;
             let clock = Instant::now();
-            if summed == 1 && group.size() > 1 {
+            if *summed == Summed::During && group.size() > 1 {
                 train_step_on_ranks(engine, &mut weights, &batch, &options, &mut gradients, reduction)?;
             } else {
                 engine.train_step(&mut weights, &batch, &options, &mut gradients)?;
+            }
+            match summed {
+                Summed::Behind => group.all_reduce_sum(&mut gradients, reduction.wire)?,
+                // The slowest rank ends every kind of step.
+                Summed::Never | Summed::During => group.barrier()?,
             }
             if round >= warmup {
                 times.push(clock.elapsed().as_secs_f64());
             }
         }
     }
-    let [alone_s, step_s] = times.map(|times| Distribution::new(&times).percentile_s(50));
+    let [alone_s, behind_s, step_s] = times.map(|times| Distribution::new(&times).percentile_s(50));
     let mut by_size = Vec::new();
     if group.size() > 1 {
         for values in SIZES.into_iter().chain([gradients.len()]) {
@@ -207,6 +224,7 @@ fn measure(
         ranks: group.size(),
         step_s,
         alone_s,
+        behind_s,
         sums_s: by_size,
     })
 }
@@ -214,10 +232,12 @@ fn measure(
 impl Measured {
     /// What the sums add to a step beyond the time that they share with the backward pass.
     fn exposed_s(&self) -> f64 {
-        match self.ranks {
-            1 => 0.0,
-            _ => (self.step_s - self.alone_s).max(0.0),
-        }
+        (self.step_s - self.alone_s).max(0.0)
+    }
+
+    /// What they add behind the backward pass.
+    fn behind_s(&self) -> f64 {
+        (self.behind_s - self.alone_s).max(0.0)
     }
 }
 
@@ -258,7 +278,7 @@ impl Report {
             2.0 * (n - 1.0) / n * bytes / bandwidth + exchanges as f64 * (latency_s + (n - 2.0) * message_s)
         };
         let summed_s = (self.parts.iter()).fold(0.0f64, |end_s, part| {
-            end_s.max(part.ready_s) + cost_s(part.values, 2 * part.values.div_ceil(BUCKET))
+            end_s.max(compute_s - part.early_s) + cost_s(part.values, 2 * part.values.div_ceil(BUCKET))
         });
         summed_s.max(compute_s) + cost_s(self.statistics, 3)
     }
@@ -269,7 +289,7 @@ impl Report {
                 let sums: Vec<Value> = (m.sums_s.iter())
                     .map(|(values, seconds)| json!({"bytes": 4 * values, "ms": 1e3 * seconds}))
                     .collect();
-                json!({"ranks": m.ranks, "step_ms": 1e3 * m.step_s, "exposed_sum_ms": 1e3 * m.exposed_s(), "img_s": self.img_s(m),
+                json!({"ranks": m.ranks, "step_ms": 1e3 * m.step_s, "exposed_sum_ms": 1e3 * m.exposed_s(), "sum_behind_ms": 1e3 * m.behind_s(), "img_s": self.img_s(m),
                        "efficiency": self.efficiency(m), "all_reduce": sums})
             })
             .collect();
@@ -301,17 +321,18 @@ impl Report {
         )?;
         writeln!(
             out,
-            "{:>6} {:>10} {:>10} {:>16} {:>11}",
-            "ranks", "img/s", "step, ms", "exposed sum, ms", "efficiency"
+            "{:>6} {:>10} {:>10} {:>16} {:>22} {:>11}",
+            "ranks", "img/s", "step, ms", "exposed sum, ms", "behind the pass, ms", "efficiency"
         )?;
         for m in &self.measured {
             writeln!(
                 out,
-                "{:>6} {:>10.2} {:>10.1} {:>16.2} {:>9.1} %",
+                "{:>6} {:>10.2} {:>10.1} {:>16.2} {:>22.2} {:>9.1} %",
                 m.ranks,
                 self.img_s(m),
                 1e3 * m.step_s,
                 1e3 * m.exposed_s(),
+                1e3 * m.behind_s(),
                 1e2 * self.efficiency(m)
             )?;
         }
@@ -360,17 +381,18 @@ mod tests {
             statistics: 47_000,
             parts: vec![
                 Part {
-                    ready_s: 0.3,
+                    early_s: 0.2,
                     values: 3_000_000,
                 },
                 Part {
-                    ready_s: 0.5,
+                    early_s: 0.0,
                     values: 900_000,
                 },
             ],
             measured: vec![Measured {
                 ranks: 1,
                 step_s: 0.5,
+                behind_s: 0.5,
                 alone_s: 0.5,
                 sums_s: Vec::new(),
             }],
