@@ -1,6 +1,7 @@
 //! Data sets, records, image decoding, augmentation and the prefetching loader.
 #![forbid(unsafe_code)]
 
+pub mod augment;
 pub mod batch;
 pub mod coco;
 pub mod confine;
