@@ -25,6 +25,14 @@ pub enum CkptError {
         /// The operating system's answer.
         source: io::Error,
     },
+    /// Environment: another process writes into this folder.
+    #[error("{} is in use by {holder}: wait until it ends, or choose another folder", path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// Who has it, in its own words.
+        holder: String,
+    },
     /// Limit: a file is larger than anything that is ever written.
     #[error("{} has {bytes} bytes, more than the limit of {limit}; it is not a file of this kind", path.display())]
     TooLarge {

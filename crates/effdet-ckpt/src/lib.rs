@@ -37,6 +37,7 @@ mod error;
 mod filesystem;
 mod hash;
 mod import;
+mod lock;
 mod manifest;
 mod store;
 mod tensors;
@@ -44,10 +45,14 @@ mod tensors;
 pub use error::CkptError;
 pub use hash::{sha256_hex, weights_hash};
 pub use import::{MatchReport, Reinitialised, Rename, Skipped, load_backbone, match_variables};
+pub use lock::RunLock;
 pub use manifest::{
     CheckpointState, ClassEntry, FORMAT_VERSION, FileRecord, LossScaleState, MAX_MANIFEST_BYTES, Manifest,
 };
 pub use store::{
     Checkpoint, CheckpointReader, CheckpointStore, Latest, Listing, PassedOver, Pruned, Retention, Snapshot,
 };
-pub use tensors::{MAX_TENSOR_FILE_BYTES, Tensor, Tensors, load_tensors, save_weights};
+pub use tensors::{
+    MAX_TENSOR_FILE_BYTES, Tensor, Tensors, encode_tensors, load_notes, load_tensors, save_weights,
+    write_file,
+};

@@ -65,7 +65,47 @@ pub fn load_tensors(path: &Path) -> Result<Tensors, CkptError> {
 /// # Errors
 /// [`CkptError::Io`]; [`CkptError::WrongLength`] when `weights` are not those of `table`.
 pub fn save_weights(path: &Path, table: &VariableTable, weights: &Weights) -> Result<(), CkptError> {
-    let bytes = encode_weights(table, weights)?;
+    write_file(path, &encode_weights(table, weights)?)
+}
+
+/// Tensors and notes as the bytes of a safetensors file.
+///
+/// # Errors
+/// [`CkptError::InvalidState`] when a shape does not fit its values.
+pub fn encode_tensors(
+    tensors: &[(&str, &[usize], &[f32])],
+    notes: BTreeMap<String, String>,
+) -> Result<Vec<u8>, CkptError> {
+    let slices = (tensors.iter()).map(|(name, shape, values)| ((*name).to_owned(), Slice { shape, values }));
+    safetensors::serialize(slices, Some(notes.into_iter().collect())).map_err(|error| {
+        CkptError::InvalidState {
+            field: "tensors".to_owned(),
+            reason: error.to_string(),
+        }
+    })
+}
+
+/// The notes of a safetensors file.
+///
+/// # Errors
+/// As [`load_tensors`].
+pub fn load_notes(path: &Path) -> Result<BTreeMap<String, String>, CkptError> {
+    let bytes = read_limited(path, MAX_TENSOR_FILE_BYTES)?;
+    parse(path, &bytes)?;
+    let header = SafeTensors::read_metadata(&bytes).map_err(|error| CkptError::BadTensorFile {
+        path: path.to_owned(),
+        offset: 0,
+        reason: error.to_string(),
+    })?;
+    let notes = header.1.metadata().clone().unwrap_or_default();
+    Ok(notes.into_iter().collect())
+}
+
+/// Writes a file atomically: `path` holds all of `bytes` or is as before.
+///
+/// # Errors
+/// [`CkptError::Io`], [`CkptError::NotDurable`].
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CkptError> {
     let name = path.file_name().ok_or_else(|| CkptError::Io {
         operation: "write",
         path: path.to_owned(),
@@ -76,7 +116,7 @@ pub fn save_weights(path: &Path, table: &VariableTable, weights: &Weights) -> Re
     let temporary = parent.join(format!(".{}.tmp-{}", name.to_string_lossy(), std::process::id()));
     // What a killed process of the same id left.
     let _ = Disk.remove_file(&temporary);
-    let committed = write_synced(&Disk, &temporary, &bytes).and_then(|()| {
+    let committed = write_synced(&Disk, &temporary, bytes).and_then(|()| {
         Disk.rename(&temporary, path)
             .map_err(CkptError::io("rename a new file to", path))
     });

@@ -8,6 +8,7 @@ use effdet_model::anchors::AnchorError;
 use effdet_model::detect::DetectError;
 use effdet_model::engine::EngineError;
 
+use crate::guard::NonFinite;
 use crate::optimizer::FreezePatternError;
 
 /// Why training or evaluation stopped.
@@ -38,20 +39,17 @@ pub enum TrainError {
     /// The freeze pattern.
     #[error(transparent)]
     Freeze(#[from] FreezePatternError),
-    /// A loss or gradient that is no number; nothing was updated.
+    /// A loss, gradient or statistic that is no number; the step was not taken.
     #[error(
-        "step {step}: {what} is {value} (images {images:?}); weights are as before the step. Lower the learning rate, lengthen \
-         the warm-up, or look at these images"
+        "step {}: {} is {}; it began in {} (images {:?}); weights are as before the step{replay}. Lower the learning rate, lengthen \
+         the warm-up, look at these images, or go on without them: --resume --on-nonfinite skip-step",
+        found.step, found.what, found.value, found.place, found.images
     )]
     NonFinite {
-        /// Updates before it.
-        step: u64,
-        /// What is not finite.
-        what: &'static str,
-        /// Its value.
-        value: f32,
-        /// Image ids of the batch.
-        images: Vec<i64>,
+        /// What was found.
+        found: Box<NonFinite>,
+        /// Where the batch lies, as a part of the sentence; empty when it was not saved.
+        replay: String,
     },
     /// A checkpoint of another run.
     #[error("cannot resume from {path}: {what}")]

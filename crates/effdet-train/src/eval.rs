@@ -1,6 +1,7 @@
 //! Evaluation: run the network over a data set and score its detections.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use effdet_data::batch::Preparation;
 use effdet_data::dataset::DetectionDataset;
@@ -18,6 +19,7 @@ use effdet_model::weights::Weights;
 
 use crate::error::TrainError;
 use crate::ranks::gather_detections;
+use crate::requests::Requests;
 
 /// Largest encoded image that is read.
 pub const MAX_ENCODED_BYTES: u64 = 256 << 20;
@@ -94,6 +96,23 @@ impl Evaluator {
         group: &dyn ProcessGroup,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Evaluation, TrainError> {
+        let never = Requests::default();
+        let outcome = self.run_until(engine, weights, group, &never, progress)?;
+        Ok(outcome.unwrap_or_else(|| unreachable!("nobody can ask it to stop")))
+    }
+
+    /// The same; none when a rank is asked to stop before the end.
+    ///
+    /// # Errors
+    /// As [`Self::run_on_ranks`].
+    pub fn run_until(
+        &self,
+        engine: &mut dyn Engine,
+        weights: &Weights,
+        group: &dyn ProcessGroup,
+        requests: &Requests,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<Evaluation>, TrainError> {
         let anchors = Anchors::new(&AnchorConfig::from(&self.hparams))?;
         let config = LoaderConfig {
             batch_size: self.batch_size,
@@ -111,7 +130,15 @@ impl Evaluator {
         let mut detections = Vec::new();
         let (mut done, total) = (0, self.dataset.examples.len());
         progress(0, total);
-        while let Some(batch) = loader.next_batch() {
+        // Ranks have different numbers of images, but look for requests equally often.
+        let rounds = total.div_ceil(group.size()).div_ceil(self.batch_size.max(1));
+        for _ in 0..rounds {
+            if group.any(requests.stop.load(Ordering::Relaxed))? {
+                return Ok(None);
+            }
+            let Some(batch) = loader.next_batch() else {
+                continue;
+            };
             let batch = batch?;
             engine.infer(weights, &batch.image_batch(), &mut outputs)?;
             for (image, (&image_id, &scale)) in batch.image_ids.iter().zip(&batch.image_scales).enumerate() {
@@ -127,7 +154,7 @@ impl Evaluator {
         progress(total, total);
         let detections = gather_detections(group, detections)?;
         let summary = score(&self.dataset, &detections, self.only_images_with_detections)?;
-        Ok(Evaluation { summary, detections })
+        Ok(Some(Evaluation { summary, detections }))
     }
 }
 

@@ -77,6 +77,8 @@ pub struct StepRecord {
     pub learning_rate: f32,
     /// Gradient norm after clipping.
     pub gradient_norm: f32,
+    /// Gradient norm before clipping.
+    pub raw_gradient_norm: f32,
     /// Seconds of the whole step, data included.
     pub seconds: f64,
     /// Seconds spent waiting for data.

@@ -4,9 +4,11 @@
 pub mod error;
 pub mod eval;
 pub mod events;
+pub mod guard;
 pub mod modes;
 pub mod optimizer;
 mod ranks;
+pub mod requests;
 pub mod schedule;
 pub mod sinks;
 pub mod trainer;

@@ -26,9 +26,11 @@ pub fn broadcast_state(group: &dyn ProcessGroup, state: &mut TrainState) -> Resu
         state.stale,
         u64::from(state.best.is_some()),
         state.best.unwrap_or_default().to_bits(),
+        u64::from(state.evaluation_due),
     ];
     group.broadcast(bytemuck::cast_slice_mut(&mut words), 0)?;
-    let [step, sample_position, stale, has_best, best] = words;
+    let [step, sample_position, stale, has_best, best, due] = words;
+    state.evaluation_due = due != 0;
     (state.step, state.sample_position, state.stale) = (step, sample_position, stale);
     state.best = (has_best != 0).then(|| f64::from_bits(best));
     for weights in std::iter::once(&mut state.weights).chain(&mut state.average) {
@@ -180,6 +182,42 @@ pub fn gather_ids(group: &dyn ProcessGroup, ids: &[i64]) -> Result<Vec<i64>, Dis
         .iter()
         .flat_map(|bytes| words(bytes).map(i64::from_ne_bytes))
         .collect())
+}
+
+/// What ranks that are to blame say, each with its number; what rank 0 says when none is.
+///
+/// # Errors
+/// Those of the group.
+pub fn join_words(group: &dyn ProcessGroup, own: &str, blamed: bool) -> Result<String, DistError> {
+    if group.size() == 1 {
+        return Ok(own.to_owned());
+    }
+    let own = format!("{}{own}", if blamed { "!" } else { " " });
+    let all = group.all_gather(own.as_bytes())?;
+    let words: Vec<String> = all
+        .iter()
+        .map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+        .collect();
+    let said: Vec<String> = (words.iter().enumerate())
+        .filter_map(|(rank, words)| Some(format!("rank {rank}: {}", words.strip_prefix('!')?)))
+        .collect();
+    Ok(match said.is_empty() {
+        true => words[0].trim_start().to_owned(),
+        false => said.join("; "),
+    })
+}
+
+/// The bytes of the first rank that is to blame; those of rank 0 when none is.
+///
+/// # Errors
+/// Those of the group.
+pub fn first_bytes(group: &dyn ProcessGroup, own: Vec<u8>, blamed: bool) -> Result<Vec<u8>, DistError> {
+    if group.size() == 1 {
+        return Ok(own);
+    }
+    let votes = group.all_gather(&[u8::from(blamed)])?;
+    let root = votes.iter().position(|vote| vote == &[1]).unwrap_or(0);
+    group.broadcast_bytes(own, root)
 }
 
 /// Detections of all ranks in their order.

@@ -1,7 +1,6 @@
 //! Ranks of the fast engine against one process with the whole batch.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
@@ -14,6 +13,7 @@ use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use effdet_train::error::TrainError;
 use effdet_train::events::{Event, EventSink, StepRecord};
+use effdet_train::guard::OnNonFinite;
 use effdet_train::modes::EvaluationRule;
 use effdet_train::trainer::{RunInputs, TrainConfig, TrainState, Trainer};
 
@@ -59,6 +59,10 @@ fn train(group: &dyn ProcessGroup, batch_size: usize, sync_bn: bool) -> (Vec<Ste
         seed: 3,
         workers: 0,
         use_fake_data: false,
+        on_nonfinite: OnNonFinite::Stop,
+        schedule_shift: 0,
+        keep_best: 1,
+        keep_every: None,
     };
     let synthetic = SyntheticConfig {
         image_size: 64,
@@ -74,7 +78,7 @@ fn train(group: &dyn ProcessGroup, batch_size: usize, sync_bn: bool) -> (Vec<Ste
         label_map: LabelMap::from_names(CLASS_NAMES),
         group,
         checkpoints: folder.path().to_path_buf(),
-        stop: Arc::new(AtomicBool::new(false)),
+        requests: Arc::default(),
     };
     let mut state = TrainState::new(&network, Weights::init(&network.variables, 3)).unwrap();
     let mut records = Records::default();

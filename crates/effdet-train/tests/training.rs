@@ -1,10 +1,11 @@
 //! The training loop with an engine small enough to compute by hand: a linear model of image means.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
-use effdet_ckpt::{Checkpoint, CheckpointStore};
+use effdet_ckpt::{Checkpoint, CheckpointStore, load_notes, load_tensors};
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::synthetic::{self, CLASS_NAMES, SyntheticConfig};
 use effdet_dist::threads::run_ranks;
@@ -20,7 +21,9 @@ use effdet_model::weights::Weights;
 use effdet_train::error::TrainError;
 use effdet_train::eval::Evaluator;
 use effdet_train::events::{Event, EventSink};
+use effdet_train::guard::OnNonFinite;
 use effdet_train::modes::EvaluationRule;
+use effdet_train::requests::Requests;
 use effdet_train::trainer::{EarlyStop, Ending, Outcome, RunInputs, TrainConfig, TrainState, Trainer};
 
 /// Training images: with updates of 4 an epoch has 3 updates and the next one begins within a pass over the data.
@@ -32,6 +35,8 @@ struct LinearModel {
     calls: usize,
     /// The call whose loss is no number.
     nan_at: Option<usize>,
+    /// The first of all calls whose losses are no numbers.
+    nan_from: Option<usize>,
     /// Where the gradient is no number as well.
     nan_in_gradient: bool,
     anchors_per_cell: usize,
@@ -68,6 +73,9 @@ impl Engine for LinearModel {
                 true => gradients[100] = f32::NAN,
                 false => loss = f32::NAN,
             }
+        }
+        if self.nan_from.is_some_and(|first| self.calls >= first) {
+            loss = f32::NAN;
         }
         Ok(StepLosses {
             class_loss: loss,
@@ -111,7 +119,8 @@ impl Engine for LinearModel {
 /// Asks a run to stop after a step, and notes what it hears.
 struct StopAfter {
     step: u64,
-    flag: Arc<AtomicBool>,
+    requests: Arc<Requests>,
+    stop_in_evaluation: bool,
     heard: Vec<String>,
 }
 
@@ -121,7 +130,7 @@ impl EventSink for StopAfter {
             Event::Step(record) => {
                 self.heard.push(format!("step {}", record.step));
                 if record.step == self.step {
-                    self.flag.store(true, Ordering::Relaxed);
+                    self.requests.stop.store(true, Ordering::Relaxed);
                 }
             }
             Event::Started {
@@ -132,7 +141,11 @@ impl EventSink for StopAfter {
             Event::Saved { step, .. } => self.heard.push(format!("saved {step}")),
             Event::Evaluated { step, .. } => self.heard.push(format!("evaluated {step}")),
             Event::Finished { step, .. } => self.heard.push(format!("finished {step}")),
-            Event::Evaluating { .. } | Event::Warning(_) => {}
+            Event::Evaluating { .. } if self.stop_in_evaluation => {
+                self.requests.stop.store(true, Ordering::Relaxed);
+            }
+            Event::Evaluating { .. } => {}
+            Event::Warning(text) => self.heard.push(format!("warning: {text}")),
         }
         Ok(())
     }
@@ -146,6 +159,7 @@ struct Scene {
     label_map: LabelMap,
     engine: LinearModel,
     evaluated_images: u64,
+    stop_in_evaluation: bool,
     folder: tempfile::TempDir,
 }
 
@@ -184,10 +198,15 @@ impl Scene {
                 seed: 5,
                 workers: 0,
                 use_fake_data: false,
+                on_nonfinite: OnNonFinite::Stop,
+                schedule_shift: 0,
+                keep_best: 1,
+                keep_every: None,
             },
             data: images(0..IMAGES),
             label_map: LabelMap::from_names(CLASS_NAMES),
             evaluated_images: 0,
+            stop_in_evaluation: false,
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -206,10 +225,11 @@ impl Scene {
         state: &mut TrainState,
         stop_after: u64,
     ) -> (Result<Outcome, TrainError>, Vec<String>) {
-        let flag = Arc::new(AtomicBool::new(false));
+        let requests = Arc::new(Requests::default());
         let mut sink = StopAfter {
             step: stop_after,
-            flag: Arc::clone(&flag),
+            requests: Arc::clone(&requests),
+            stop_in_evaluation: self.stop_in_evaluation,
             heard: Vec::new(),
         };
         let evaluator = (self.evaluated_images > 0).then(|| Evaluator {
@@ -228,7 +248,7 @@ impl Scene {
             label_map: self.label_map.clone(),
             group,
             checkpoints: self.folder.path().to_path_buf(),
-            stop: flag,
+            requests,
         };
         let trainer = Trainer::new(&self.config, &self.network, self.data.examples.len());
         let outcome = trainer.run(&mut inputs, state, &mut [&mut sink]);
@@ -346,10 +366,10 @@ fn a_loss_or_gradient_that_is_no_number_stops_the_run_before_the_update() {
         (scene.engine.nan_at, scene.engine.nan_in_gradient) = (Some(6), nan_in_gradient);
         let mut state = scene.start();
         let error = scene.run(&mut state, u64::MAX).0.unwrap_err();
-        let TrainError::NonFinite { step, images, .. } = &error else {
+        let TrainError::NonFinite { found, .. } = &error else {
             panic!("{error}");
         };
-        assert_eq!((*step, images.len()), (2, 4));
+        assert_eq!((found.step, found.images.len()), (2, 4));
         assert!(error.to_string().contains("learning rate"), "{error}");
 
         let mut expected = Scene::new(|_| ());
@@ -357,6 +377,127 @@ fn a_loss_or_gradient_that_is_no_number_stops_the_run_before_the_update() {
         expected.run(&mut before, 2).0.unwrap();
         assert_eq!(state, before);
     }
+}
+
+#[test]
+fn a_step_that_is_no_number_leaves_its_batch_for_replay_and_the_state_before_it() {
+    let mut scene = Scene::new(|_| ());
+    scene.engine.nan_at = Some(6);
+    let mut state = scene.start();
+    let error = scene.run(&mut state, u64::MAX).0.unwrap_err().to_string();
+    assert_eq!(scene.latest().state.step, 2, "saved before the run ended");
+    let dumps = fs::read_dir(scene.folder.path()).unwrap();
+    let dump = dumps
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .unwrap();
+    assert!(error.contains(dump.to_str().unwrap()), "{error}");
+    let (tensors, notes) = (load_tensors(&dump).unwrap(), load_notes(&dump).unwrap());
+    assert_eq!(tensors.by_name["pixels"].shape, [2, 64, 64, 3]);
+    // Of the four images of the update the two of the micro-batch that went wrong.
+    assert_eq!(notes["image_ids"].split(' ').count(), 2);
+    assert_eq!(notes["step"], "2");
+}
+
+#[test]
+fn a_batch_that_is_no_number_is_skipped_and_the_schedule_waits_for_it() {
+    let mut scene = Scene::new(|_| ());
+    (scene.engine.nan_at, scene.config.on_nonfinite) = (Some(6), OnNonFinite::SkipStep);
+    let mut state = scene.start();
+    let (outcome, heard) = scene.run(&mut state, u64::MAX);
+    assert_eq!(outcome.unwrap().step, 6);
+    // Six updates of four images and the one that was left out.
+    assert_eq!((state.sample_position, scene.engine.calls), (28, 14));
+    assert!(state.weights.trainable.iter().all(|value| value.is_finite()));
+    let average = state.average.as_ref().unwrap();
+    assert!(
+        average
+            .trainable
+            .iter()
+            .chain(&average.statistics)
+            .all(|v| v.is_finite())
+    );
+    assert_eq!(
+        heard.iter().filter(|h| h.starts_with("warning: step 2")).count(),
+        1
+    );
+
+    let mut hopeless = Scene::new(|_| ());
+    (hopeless.engine.nan_from, hopeless.config.on_nonfinite) = (Some(1), OnNonFinite::SkipStep);
+    let error = hopeless.run(&mut hopeless.start(), u64::MAX).0.unwrap_err();
+    assert!(matches!(error, TrainError::NonFinite { .. }), "{error}");
+}
+
+#[test]
+fn a_rewound_run_goes_on_from_its_checkpoint_behind_the_batch() {
+    let mut scene = Scene::new(|_| ());
+    (scene.engine.nan_at, scene.config.on_nonfinite) = (Some(10), OnNonFinite::Rewind);
+    scene.config.checkpoint_every_steps = Some(2);
+    let mut state = scene.start();
+    let (outcome, heard) = scene.run(&mut state, u64::MAX);
+    assert_eq!(outcome.unwrap().step, 6);
+    // The fifth update fails; steps 5 and 6 follow from checkpoint 4 with what lies behind its samples.
+    assert_eq!(state.sample_position, 4 * 7);
+    let steps: Vec<&String> = heard.iter().filter(|h| h.starts_with("step")).collect();
+    assert_eq!(steps.len(), 6, "{steps:?}");
+
+    let mut without = Scene::new(|_| ());
+    (without.engine.nan_at, without.config.on_nonfinite) = (Some(4), OnNonFinite::Rewind);
+    let error = without.run(&mut without.start(), u64::MAX).0.unwrap_err();
+    assert!(
+        matches!(error, TrainError::NonFinite { .. }),
+        "no checkpoint to go back to: {error}"
+    );
+}
+
+#[test]
+fn a_run_stopped_in_an_evaluation_makes_it_first_when_it_goes_on() {
+    let evaluating = |stop| {
+        let mut scene = Scene::new(|_| ());
+        scene.evaluated_images = 6;
+        scene.stop_in_evaluation = stop;
+        scene.config.rule = EvaluationRule::Every(1);
+        scene
+    };
+    let mut whole = evaluating(false);
+    let mut expected = whole.start();
+    let outcome = whole.run(&mut expected, u64::MAX).0.unwrap();
+
+    let mut scene = evaluating(true);
+    let mut state = scene.start();
+    let (outcome_cut, heard) = scene.run(&mut state, u64::MAX);
+    assert_eq!(outcome_cut.unwrap().ending, Ending::Interrupted);
+    assert_eq!(heard[heard.len() - 3..], ["step 3", "saved 3", "finished 3"]);
+    scene.stop_in_evaluation = false;
+    let mut state = TrainState::from_checkpoint(&scene.network, scene.latest()).unwrap();
+    assert!(state.evaluation_due);
+    let (resumed, heard) = scene.run(&mut state, u64::MAX);
+    assert_eq!(heard[..3], ["started 3/6", "evaluated 3", "saved 3"]);
+    assert_eq!(state, expected);
+    let stats = |outcome: Outcome| outcome.evaluation.unwrap().summary.stats;
+    assert_eq!(stats(resumed.unwrap()), stats(outcome));
+}
+
+#[test]
+fn another_batch_size_keeps_the_place_in_the_stream_and_in_the_schedule() {
+    // Two epochs of five updates of two images.
+    let mut scene = Scene::new(|_| ());
+    scene.config.accumulate = 1;
+    let mut state = scene.start();
+    scene.run(&mut state, 4).0.unwrap();
+    let mut state = TrainState::from_checkpoint(&scene.network, scene.latest()).unwrap();
+    assert_eq!((state.step, state.sample_position), (4, 8));
+
+    // Of five images: eight samples are one update and a part of the next.
+    scene.config =
+        scene
+            .config
+            .with_batch_size(5, scene.data.examples.len(), state.step, state.sample_position);
+    assert_eq!(scene.config.schedule_shift, 3);
+    let (outcome, heard) = scene.run(&mut state, u64::MAX);
+    // One of the four updates of two epochs is made.
+    assert_eq!((outcome.unwrap().step, state.sample_position), (7, 8 + 3 * 5));
+    assert_eq!(heard[0], "started 4/7");
 }
 
 #[test]
@@ -580,9 +721,9 @@ fn a_loss_of_one_rank_that_is_no_number_stops_all_with_the_images_of_all() {
         scene.run_as(group, &mut state, u64::MAX).0.unwrap_err()
     });
     for error in errors {
-        let TrainError::NonFinite { step, images, .. } = &error else {
+        let TrainError::NonFinite { found, .. } = &error else {
             panic!("{error}");
         };
-        assert_eq!((*step, images.len()), (1, 4));
+        assert_eq!((found.step, found.images.len()), (1, 4));
     }
 }

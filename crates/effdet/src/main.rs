@@ -1,6 +1,14 @@
 //! EfficientDet object detection: train, evaluate, run and inspect.
 #![forbid(unsafe_code)]
 
+/// Prints a line to stderr; a terminal that is gone is no reason to stop.
+macro_rules! tell {
+    ($($part:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($part)*);
+    }};
+}
+
 mod cli;
 mod commands;
 mod draw;
@@ -8,15 +16,13 @@ mod npy;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    match commands::run(cli::Cli::parse()) {
+    match commands::run(cli::parse(std::env::args_os()).unwrap_or_else(|error| error.exit())) {
         Ok(code) => code,
         // The reader of our output, `head` say, has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", commands::describe(&error));
+            tell!("error: {}", commands::describe(&error));
             ExitCode::FAILURE
         }
     }

@@ -1,96 +1,13 @@
 //! The real binary, end to end, on small rendered data in scratch folders.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
+use common::Scratch;
 use serde_json::Value;
-use tempfile::TempDir;
-
-/// A scratch folder in which the binary runs.
-struct Scratch(TempDir);
-
-/// One finished command.
-struct Finished {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-impl Scratch {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    /// A scratch folder with a data set `shapes` of 8 training and 3 held-out images.
-    fn with_data() -> Self {
-        let scratch = Self::new();
-        scratch.succeed("data synth --output shapes --images 8 --val-images 3 --image-size 64");
-        scratch
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Runs the binary with arguments separated by spaces.
-    fn run(&self, arguments: &str) -> Finished {
-        let Output {
-            status,
-            stdout,
-            stderr,
-        } = Command::new(env!("CARGO_BIN_EXE_effdet"))
-            .args(arguments.split_whitespace())
-            .current_dir(self.0.path())
-            .output()
-            .unwrap();
-        Finished {
-            code: status.code(),
-            stdout: String::from_utf8(stdout).unwrap(),
-            stderr: String::from_utf8(stderr).unwrap(),
-        }
-    }
-
-    fn succeed(&self, arguments: &str) -> String {
-        let finished = self.run(arguments);
-        assert_eq!(
-            finished.code,
-            Some(0),
-            "effdet {arguments}\n{}\n{}",
-            finished.stdout,
-            finished.stderr
-        );
-        finished.stdout
-    }
-
-    /// Runs a command that has to fail with `code` and returns its messages.
-    fn fail(&self, code: i32, arguments: &str) -> String {
-        let finished = self.run(arguments);
-        assert_eq!(
-            finished.code,
-            Some(code),
-            "effdet {arguments}\n{}",
-            finished.stderr
-        );
-        assert!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
-        finished.stderr
-    }
-
-    /// Trains on `shapes` into `run_dir`: 4 steps of 2 epochs unless `options` say otherwise.
-    fn train(&self, run_dir: &str, options: &str) {
-        self.succeed(&format!(
-            "train --data shapes --image-size 64 --batch-size 4 --epochs 2 --quiet --run-dir {run_dir} {options}"
-        ));
-    }
-
-    /// Hashes of weights and moving averages of the newest checkpoint of `run_dir`.
-    fn hashes(&self, run_dir: &str) -> (String, String) {
-        let report: Value =
-            serde_json::from_str(&self.succeed(&format!("inspect checkpoint {run_dir} --json"))).unwrap();
-        let hash = |key: &str| report[key].as_str().unwrap().to_owned();
-        (hash("weights_hash"), hash("ema_hash"))
-    }
-}
 
 fn golden(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden")).join(name)
@@ -136,7 +53,7 @@ fn a_signal_saves_and_the_run_goes_on_to_the_same_bits() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_effdet"))
         .args(arguments.split_whitespace())
         .args(["--run-dir", "cut"])
-        .current_dir(scratch.0.path())
+        .current_dir(scratch.path(""))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -149,7 +66,7 @@ fn a_signal_saves_and_the_run_goes_on_to_the_same_bits() {
         .args(["-TERM", &child.id().to_string()])
         .status();
     assert!(sent.unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(child.wait().unwrap().code(), Some(143));
 
     let report: Value = serde_json::from_str(&scratch.succeed("inspect checkpoint cut --json")).unwrap();
     let step = report["step"].as_u64().unwrap();
@@ -168,6 +85,14 @@ fn resume_finds_the_last_run_on_the_data_and_keeps_its_configuration() {
     let message = scratch.fail(1, "train --data shapes --resume");
     assert!(message.contains("--run-dir"), "{message}");
     scratch.succeed("train --data shapes --image-size 64 --batch-size 4 --epochs 1 --max-steps 1 --quiet");
+    let message = scratch.fail(1, "train --data shapes --resume --lr 0.1 --seed 0");
+    assert!(
+        message.contains("hparams.learning_rate: 0.005 in the run, 0.1 asked for")
+            && !message.contains("seed"),
+        "{message}"
+    );
+    let message = scratch.fail(1, "train --data shapes --resume --num-classes 7 --allow-changes");
+    assert!(message.contains("another network"), "{message}");
     let finished = scratch.run("train --data shapes --resume --quiet");
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     assert!(
@@ -175,8 +100,10 @@ fn resume_finds_the_last_run_on_the_data_and_keeps_its_configuration() {
         "{}",
         finished.stderr
     );
-    let message = scratch.fail(1, "train --data shapes --resume --lr 0.1");
-    assert!(message.contains("--lr"), "{message}");
+    scratch.succeed("train --data shapes --resume --lr 0.1 --allow-changes --epochs 2 --quiet");
+    // The change is part of the run from here on.
+    let finished = scratch.run("train --data shapes --resume --lr 0.1 --epochs 2 --quiet");
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     let message = scratch.fail(1, "train --data elsewhere --resume");
     assert!(message.contains("no run on this data"), "{message}");
 }

@@ -13,7 +13,7 @@ use crate::events::{Event, EventSink, StepRecord};
 const STEPS_FILE: &str = "steps.csv";
 const EVALUATIONS_FILE: &str = "evaluations.csv";
 const STEPS_HEADER: &str = "step,epoch,loss,det_loss,class_loss,box_loss,box_iou_loss,l2_loss,learning_rate,gradient_norm,\
-                            seconds,wait_s,images\n";
+                            raw_gradient_norm,seconds,wait_s,images\n";
 
 /// Writes both tables.
 ///
@@ -50,7 +50,7 @@ impl EventSink for Csv {
         match event {
             Event::Step(r) => {
                 let row = format!(
-                    "{},{},{},{},{},{},{},{},{},{},{},{},{}\n",
+                    "{},{},{},{},{},{},{},{},{},{},{},{},{},{}\n",
                     r.step,
                     r.epoch,
                     r.loss,
@@ -61,6 +61,7 @@ impl EventSink for Csv {
                     r.l2_loss,
                     r.learning_rate,
                     r.gradient_norm,
+                    r.raw_gradient_norm,
                     r.seconds,
                     r.wait_s,
                     r.images
@@ -138,6 +139,7 @@ fn parse_step(row: &str) -> Option<StepRecord> {
         l2_loss: cells.next()?.parse().ok()?,
         learning_rate: cells.next()?.parse().ok()?,
         gradient_norm: cells.next()?.parse().ok()?,
+        raw_gradient_norm: cells.next()?.parse().ok()?,
         seconds: cells.next()?.parse().ok()?,
         wait_s: cells.next()?.parse().ok()?,
         images: cells.next()?.parse().ok()?,

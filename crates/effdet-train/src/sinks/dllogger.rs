@@ -2,6 +2,7 @@
 //!
 //! Source: the reference's `utils/callback_utils.py` (`TimeHistory`) and `train.py`; times are UTC.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -30,9 +31,11 @@ pub struct DlLoggerConfig {
     pub log_steps: u64,
     /// Ranks of the run.
     pub ranks: usize,
+    /// Step that the run starts or goes on from.
+    pub step: u64,
 }
 
-/// Writes DLLogger lines; an existing file is continued.
+/// Writes DLLogger lines; an existing file is continued behind the step that the run goes on from.
 #[derive(Debug)]
 pub struct DlLogger {
     log: LogFile,
@@ -74,8 +77,14 @@ impl DlLogger {
     /// # Errors
     /// [`TrainError::Log`].
     pub fn open(config: &DlLoggerConfig) -> Result<Self, TrainError> {
-        let log = LogFile::append(&config.path)?;
-        let is_new = log.len()? == 0;
+        let mut log = LogFile::append(&config.path)?;
+        let text = fs::read_to_string(&config.path).map_err(super::failed(&config.path))?;
+        let kept = (text.split_inclusive('\n'))
+            .take_while(|line| is_up_to(line, config.step))
+            .map(str::len)
+            .sum::<usize>();
+        log.truncate(kept as u64)?;
+        let is_new = kept == 0;
         let mut logger = Self {
             log,
             log_steps: config.log_steps.max(1),
@@ -134,6 +143,19 @@ impl DlLogger {
             data,
         })
     }
+}
+
+/// Whether a line is whole and of the steps up to `step`; the summary of a run that ended is not.
+fn is_up_to(line: &str, step: u64) -> bool {
+    let content = line
+        .strip_suffix('\n')
+        .and_then(|line| line.strip_prefix("DLLL "));
+    let Some(Ok(line)) = content.map(serde_json::from_str::<Value>) else {
+        return false;
+    };
+    let data = &line["data"];
+    let last = data["steps"][1].as_u64();
+    data.get("avg_fps_training").is_none() && last.is_none_or(|last| last <= step)
 }
 
 impl EventSink for DlLogger {
@@ -233,12 +255,13 @@ mod tests {
             .collect()
     }
 
-    fn logged(folder: &Path, log_steps: u64) -> (DlLogger, PathBuf) {
+    fn logged(folder: &Path, log_steps: u64, step: u64) -> (DlLogger, PathBuf) {
         let path = folder.join("time_log.txt");
         let config = DlLoggerConfig {
             path: path.clone(),
             log_steps,
             ranks: 1,
+            step,
         };
         (DlLogger::open(&config).unwrap(), path)
     }
@@ -246,7 +269,7 @@ mod tests {
     #[test]
     fn a_run_is_logged_as_the_reference_logs_it() {
         let folder = tempfile::tempdir().unwrap();
-        let (mut logger, path) = logged(folder.path(), 2);
+        let (mut logger, path) = logged(folder.path(), 2, 0);
         feed(&mut logger, 1, 8).unwrap();
         let lines = lines(&path);
         let keys = |line: &Value| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
@@ -301,19 +324,22 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_appends_without_repeating_the_units() {
-        let folder = tempfile::tempdir().unwrap();
-        let (mut logger, path) = logged(folder.path(), 1);
-        feed(&mut logger, 1, 2).unwrap();
-        let before = std::fs::read_to_string(&path).unwrap();
-        let (mut logger, _) = logged(folder.path(), 1);
-        feed(&mut logger, 3, 4).unwrap();
-        let after = std::fs::read_to_string(&path).unwrap();
-        let added = after.strip_prefix(&before).unwrap();
-        assert!(
-            added.contains(r#""steps":[2,3]"#) && !added.contains("METADATA"),
-            "{added}"
-        );
+    fn a_resumed_run_leaves_the_lines_of_an_uninterrupted_one() {
+        let (whole, cut) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let content = |path: &Path| -> Vec<(Value, Value)> {
+            let pick = |line: Value| (line["step"].clone(), line["data"].clone());
+            lines(path).into_iter().map(pick).collect()
+        };
+        let (mut logger, whole) = logged(whole.path(), 1, 0);
+        feed(&mut logger, 1, 8).unwrap();
+        // Stopped in order after step 7 and then killed within a line; the last checkpoint is that of step 5.
+        let (mut logger, path) = logged(cut.path(), 1, 0);
+        feed(&mut logger, 1, 7).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, &text[..text.len() - 5]).unwrap();
+        let (mut logger, _) = logged(cut.path(), 1, 5);
+        feed(&mut logger, 6, 8).unwrap();
+        assert_eq!(content(&path), content(&whole));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Where events go: DLLogger lines, TensorBoard event files, CSV tables, a page of curves.
 //!
 //! Every sink writes through at once, so a killed run leaves whole lines but for the last one. All are opened at the step that a run
-//! starts or resumes from: tables and curves then take back the steps behind it, which the resumed run makes again; TensorBoard is told
-//! to drop them; the DLLogger file, a record of time, is only ever appended to.
+//! starts or resumes from: tables, curves and DLLogger lines then take back the steps behind it, which the resumed run makes again;
+//! TensorBoard is told to drop them.
 
 mod csv;
 mod curves;
@@ -50,11 +50,6 @@ impl LogFile {
     fn truncate(&mut self, length: u64) -> Result<(), TrainError> {
         self.file.set_len(length).map_err(failed(&self.path))
     }
-
-    fn len(&self) -> Result<u64, TrainError> {
-        let metadata = self.file.metadata().map_err(failed(&self.path))?;
-        Ok(metadata.len())
-    }
 }
 
 fn create_parent(path: &Path) -> Result<(), TrainError> {
@@ -93,6 +88,7 @@ mod testing {
             l2_loss: 1.0 / x,
             learning_rate: 0.01 * x,
             gradient_norm: 2.0,
+            raw_gradient_norm: 3.0,
             seconds: 0.5,
             wait_s: 0.125,
             images: 4,

@@ -48,6 +48,19 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// A batch that a run wrote when a number of its step was none: its images, and the step again.
+    #[command(
+        after_help = "Example:\n  effdet inspect batch runs/x/nonfinite-00000812-6512.safetensors --checkpoint runs/x"
+    )]
+    Batch {
+        /// The file.
+        file: PathBuf,
+        /// Run folder or step folder whose weights the step is made with; none = look at the batch alone.
+        #[arg(long, value_name = "PATH")]
+        checkpoint: Option<PathBuf>,
+        #[command(flatten)]
+        engine: EngineArgs,
+    },
     /// Every named output of a forward pass; with boxes also targets, losses and gradients.
     #[command(after_help = "\
 The tool for comparing with any other implementation: weights under the variable names of `inspect model --variables`, one

@@ -9,6 +9,7 @@ mod inspect;
 mod launch;
 mod ranks;
 mod recipe;
+mod runs;
 mod train;
 
 pub use data::{ConvertFormat, DataArgs, DataCommand, DoctorArgs, DownloadArgs, DownloadSet, ViewArgs};
@@ -18,9 +19,36 @@ pub use inspect::{InspectArgs, InspectCommand};
 pub use launch::LaunchArgs;
 pub use ranks::RankArgs;
 pub use recipe::{RecipeArgs, RecipeCommand, RecipeRun};
-pub use train::{EngineArgs, ModelArgs, OnCorrupt, SourceArgs, TrainArgs};
+pub use runs::{CheckpointArgs, CheckpointCommand, CompareArgs};
+pub use train::{BatchSize, EngineArgs, ModelArgs, NonFinitePolicy, OnCorrupt, SourceArgs, TrainArgs};
 
-use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Reads a command line.
+///
+/// # Errors
+/// clap's: usage and suggestions.
+pub fn parse<I: IntoIterator<Item = T>, T: Into<OsString> + Clone>(arguments: I) -> Result<Cli, clap::Error> {
+    let matches = Cli::command().try_get_matches_from(arguments)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let (Command::Train(train), Some(given)) = (&mut cli.command, matches.subcommand_matches("train")) {
+        train.given = named(given);
+    }
+    Ok(cli)
+}
+
+/// The options that the command line names, be it with their default values.
+fn named(matches: &ArgMatches) -> Vec<String> {
+    let on_line = |id: &&clap::Id| matches.value_source(id.as_str()) == Some(ValueSource::CommandLine);
+    matches
+        .ids()
+        .filter(on_line)
+        .map(|id| id.as_str().to_owned())
+        .collect()
+}
 
 /// EfficientDet object detection: train, evaluate, run and inspect, in one static binary.
 #[derive(Debug, Parser)]
@@ -52,6 +80,10 @@ pub enum Command {
     Infer(Box<InferArgs>),
     /// Look inside a model, a checkpoint or a forward pass.
     Inspect(InspectArgs),
+    /// List, verify, clean up and compare the checkpoints of a run.
+    Checkpoint(CheckpointArgs),
+    /// What differs between two runs or checkpoints; with --exact, whether any bit does.
+    Compare(CompareArgs),
     /// Convert, inspect and synthesise data sets.
     Data(DataArgs),
     /// Measure speed on this machine.
@@ -128,7 +160,23 @@ pub struct BenchOptions {
 mod tests {
     use clap::CommandFactory;
 
-    use super::Cli;
+    use super::{Cli, Command, parse};
+
+    #[test]
+    fn options_on_the_line_are_known_even_with_their_default_values() {
+        let cli = parse(["effdet", "train", "--seed", "0", "--data", "x"]).unwrap();
+        let Command::Train(train) = cli.command else {
+            panic!("{cli:?}")
+        };
+        for (option, given) in [
+            ("seed", true),
+            ("data", true),
+            ("batch_size", false),
+            ("keep", false),
+        ] {
+            assert_eq!(train.given.iter().any(|name| name == option), given, "{option}");
+        }
+    }
 
     #[test]
     fn options_and_aliases_do_not_clash() {

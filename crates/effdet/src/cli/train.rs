@@ -1,6 +1,7 @@
 //! `effdet train`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 
@@ -133,9 +134,15 @@ pub struct TrainArgs {
     /// Go on from the newest checkpoint of --run-dir.
     #[arg(long)]
     pub resume: bool,
-    /// Images per step and rank.
-    #[arg(long, short, value_name = "N", alias = "batch_size")]
-    pub batch_size: Option<usize>,
+    /// Resume with options that differ from those of the run; they are listed.
+    #[arg(long, requires = "resume")]
+    pub allow_changes: bool,
+    /// Resume from the very newest checkpoint or not at all, when it is damaged.
+    #[arg(long, requires = "resume")]
+    pub strict: bool,
+    /// Images per step and rank; auto = the largest power of two that fits into memory.
+    #[arg(long, short, value_name = "N|auto", alias = "batch_size")]
+    pub batch_size: Option<BatchSize>,
     /// Images per evaluation step.
     #[arg(long, value_name = "N", alias = "eval_batch_size")]
     pub eval_batch_size: Option<usize>,
@@ -181,9 +188,19 @@ pub struct TrainArgs {
     /// Save every N steps as well.
     #[arg(long, value_name = "N")]
     pub checkpoint_every_steps: Option<u64>,
-    /// Checkpoints to keep beside the best one.
+    /// Newest checkpoints to keep.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub keep: usize,
+    /// Checkpoints to keep that have the best metric.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub keep_best: usize,
+    /// Keep every checkpoint whose step is a multiple of N.
+    #[arg(long, value_name = "N")]
+    pub keep_every: Option<u64>,
+    /// When a loss, gradient or statistic is no number: end the run, leave the batch out, or go back to the newest checkpoint and on
+    /// behind the batch.
+    #[arg(long, value_name = "POLICY", default_value = "stop")]
+    pub on_nonfinite: NonFinitePolicy,
     /// Start from these weights (run folder, step folder or .safetensors); what does not fit is initialised and listed.
     #[arg(long, value_name = "PATH", alias = "pretrained_ckpt")]
     pub pretrained_ckpt: Option<PathBuf>,
@@ -225,6 +242,15 @@ pub struct TrainArgs {
     /// Train on the first batch over and over.
     #[arg(long, alias = "use_fake_data")]
     pub use_fake_data: bool,
+    /// Overfit eight images of the data in a few minutes, or say what is wrong with them or with the configuration.
+    #[arg(long, conflicts_with_all = ["resume", "dry_run", "benchmark"])]
+    pub sanity: bool,
+    /// Memory that the run may take, such as 2GB; default: what this machine has free.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
+    /// Train even where memory will not do.
+    #[arg(long)]
+    pub ignore_memory: bool,
     /// Check data and memory, print the plan and the effective configuration, and stop.
     #[arg(long)]
     pub dry_run: bool,
@@ -240,4 +266,91 @@ pub struct TrainArgs {
     /// Only warnings and the final table.
     #[arg(long, short)]
     pub quiet: bool,
+    /// Options that the command line names.
+    #[arg(skip)]
+    pub given: Vec<String>,
+}
+
+impl TrainArgs {
+    /// The number of images that `--batch-size` names; none where it is left to the program.
+    pub fn batch_images(&self) -> Option<usize> {
+        match self.batch_size {
+            Some(BatchSize::Images(images)) => Some(images),
+            Some(BatchSize::Auto) | None => None,
+        }
+    }
+}
+
+/// Images per step and rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchSize {
+    /// As many as memory allows.
+    Auto,
+    /// So many.
+    Images(usize),
+}
+
+impl FromStr for BatchSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.parse()) {
+            ("auto", _) => Ok(Self::Auto),
+            (_, Ok(images)) if images > 0 => Ok(Self::Images(images)),
+            _ => Err("a number from 1, or auto".to_owned()),
+        }
+    }
+}
+
+/// What to do about numbers that are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum NonFinitePolicy {
+    /// Save the state before the step and end.
+    #[default]
+    Stop,
+    /// Leave the batch out.
+    SkipStep,
+    /// Go back to the newest checkpoint and on behind the batch.
+    Rewind,
+}
+
+/// A number of bytes: `1500000`, `800MB`, `2GB`, `1.5GiB`.
+fn bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 7] = [
+        ("GiB", 1073741824.0),
+        ("MiB", 1048576.0),
+        ("GB", 1e9),
+        ("MB", 1e6),
+        ("G", 1e9),
+        ("M", 1e6),
+        ("", 1.0),
+    ];
+    let parsed = UNITS.iter().find_map(|(unit, factor)| {
+        let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
+        Some(number * factor)
+    });
+    match parsed {
+        Some(bytes) if bytes >= 1.0 && bytes.is_finite() => Ok(bytes as u64),
+        _ => Err("a size such as 800MB or 2GB".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_batch_sizes_are_read_with_their_units() {
+        assert_eq!(bytes("2GB"), Ok(2_000_000_000));
+        assert_eq!(bytes("1.5 GiB"), Ok(1_610_612_736));
+        assert_eq!(bytes("700"), Ok(700));
+        assert!(
+            ["", "GB", "-1GB", "2TB", "inf"]
+                .iter()
+                .all(|text| bytes(text).is_err())
+        );
+        assert_eq!("auto".parse(), Ok(BatchSize::Auto));
+        assert_eq!("16".parse(), Ok(BatchSize::Images(16)));
+        assert!("0".parse::<BatchSize>().is_err() && "many".parse::<BatchSize>().is_err());
+    }
 }

@@ -63,7 +63,7 @@ pub fn open(path: &Path) -> Result<CheckpointReader> {
     let newest_step = newest.as_ref().map(|reader| reader.state().step);
     for bad in &listing.passed_over {
         if newest_step.is_none_or(|step| bad.path > CheckpointStore::new(path).path_of(step)) {
-            eprintln!("warning: passed over {}: {}", bad.path.display(), bad.error);
+            tell!("warning: passed over {}: {}", bad.path.display(), bad.error);
         }
     }
     newest.with_context(|| {

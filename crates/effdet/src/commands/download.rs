@@ -46,7 +46,7 @@ mod with_network {
         let set = find(name).with_context(|| format!("{name} is not among {} sets", CATALOG.len()))?;
         let parts = chosen(set, &args.parts)?;
         let bytes: u64 = parts.iter().map(|part| part.bytes).sum();
-        eprintln!("{name}: {:.1} GB; {}", bytes as f64 / 1e9, set.terms);
+        tell!("{name}: {:.1} GB; {}", bytes as f64 / 1e9, set.terms);
         for part in parts {
             one(set, part, args)?;
         }
@@ -81,10 +81,10 @@ mod with_network {
         // A mark tells that an archive was unpacked whole.
         let mark = args.output.join(format!(".{}.unpacked", part.file_name()));
         if mark.is_file() {
-            eprintln!("{} was fetched and unpacked before", part.file_name());
+            tell!("{} was fetched and unpacked before", part.file_name());
             return Ok(());
         }
-        eprintln!("{}", printable(&url));
+        tell!("{}", printable(&url));
         let checksum = Checksum::Md5(part.md5.to_owned());
         let request = Request {
             url: &url,
@@ -103,7 +103,7 @@ mod with_network {
         let mut progress = Progress::new(part.bytes, "bytes unpacked, about");
         let unpacked = unpack(&archive, &args.output, &limits, &mut |bytes| progress.set(bytes))?;
         drop(progress);
-        eprintln!("{} files, {:.1} MB", unpacked.files, unpacked.bytes as f64 / 1e6);
+        tell!("{} files, {:.1} MB", unpacked.files, unpacked.bytes as f64 / 1e6);
         fs::write(&mark, "").with_context(|| format!("cannot write {}", mark.display()))?;
         if !args.keep_archives {
             fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))?;

@@ -45,7 +45,7 @@ fn report(args: &EvalArgs, job: &Job<'_>) -> Result<()> {
         return Ok(());
     }
     for warning in &scored.summary.warnings {
-        eprintln!("warning: {warning}");
+        tell!("warning: {warning}");
     }
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -142,7 +142,7 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result
             })
             .collect();
         write_results(path, &rows)?;
-        eprintln!("{} detections in {}", rows.len(), path.display());
+        tell!("{} detections in {}", rows.len(), path.display());
     }
     Ok(Scored {
         title: format!("{} {}", trained.hparams.name, trained.reader.path().display()),
@@ -165,9 +165,11 @@ fn check_categories(trained: &Trained, dataset: &effdet_data::dataset::Detection
             );
         }
         if trained_name.is_none() {
-            eprintln!(
+            tell!(
                 "warning: {}: the checkpoint does not know category {} ({}); its objects count as missed",
-                dataset.name, category.id, category.name
+                dataset.name,
+                category.id,
+                category.name
             );
         }
     }

@@ -1,6 +1,7 @@
 //! What the system says about this machine and process; none where it does not say.
 
 use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
 /// Name of the processor.
@@ -60,10 +61,30 @@ fn busy_ticks() -> Option<(u64, u64)> {
     Some((all, own))
 }
 
-/// Memory of this machine in GiB.
-pub fn memory_gib() -> Option<f64> {
+/// Memory of this machine that processes can still take.
+pub fn available_bytes() -> Option<u64> {
+    meminfo("MemAvailable:")
+}
+
+fn meminfo(name: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / f64::from(1 << 20))
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Memory that the limits of this process's control groups leave.
+pub fn cgroup_bytes() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let number = |file: &Path| fs::read_to_string(file).ok()?.trim().parse::<u64>().ok();
+    let root = Path::new("/sys/fs/cgroup");
+    let own = root.join(path.trim_start_matches('/'));
+    // A limit of any group above counts; `max` is none.
+    (own.ancestors().take_while(|folder| folder.starts_with(root)))
+        .filter_map(|folder| {
+            let limit = number(&folder.join("memory.max"))?;
+            Some(limit.saturating_sub(number(&folder.join("memory.current")).unwrap_or(0)))
+        })
+        .min()
 }

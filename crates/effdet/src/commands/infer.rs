@@ -110,12 +110,12 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
     );
     if args.json {
         writeln!(std::io::stdout(), "{}", serde_json::json!({ "images": records }))?;
-        eprintln!("{summary}");
+        tell!("{summary}");
     } else {
         writeln!(std::io::stdout(), "{summary}")?;
     }
     if failures > 0 {
-        eprintln!("error: {failures} images could not be read, see above; the others are done");
+        tell!("error: {failures} images could not be read, see above; the others are done");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)

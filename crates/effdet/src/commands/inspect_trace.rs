@@ -127,7 +127,7 @@ pub fn run(request: &Request<'_>) -> Result<()> {
         )?;
     }
     tensors.write(request.out)?;
-    eprintln!("{} tensors in {}", tensors.0.len(), request.out.display());
+    tell!("{} tensors in {}", tensors.0.len(), request.out.display());
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 
 mod bench;
 mod checkpoint;
+mod checkpoints;
+mod compare;
 mod data;
 mod detector;
 mod doctor;
@@ -11,10 +13,12 @@ mod eval;
 mod ground_truth;
 mod host;
 mod infer;
+mod inspect_batch;
 mod inspect_checkpoint;
 mod inspect_model;
 mod inspect_trace;
 mod launch;
+mod memory;
 mod model;
 mod plan;
 mod pretrained;
@@ -23,7 +27,10 @@ mod quickstart;
 mod ranks;
 mod recipe;
 mod report;
+mod resume;
 mod run_config;
+mod sanity;
+mod signals;
 mod sources;
 mod terminal;
 mod train;
@@ -40,6 +47,8 @@ use crate::cli::{Cli, Command, InspectCommand};
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Bench(args) => return bench::run(&args.command),
+        Command::Checkpoint(args) => return checkpoints::run(&args.command),
+        Command::Compare(args) => return compare::run(&args),
         Command::Data(args) => return data::run(&args.command),
         Command::Eval(args) => return eval::run(&args),
         Command::Infer(args) => return infer::run(&args),
@@ -79,6 +88,11 @@ fn inspect(command: &InspectCommand) -> Result<()> {
             variables,
             json,
         } => inspect_checkpoint::run(path, *variables, *json),
+        InspectCommand::Batch {
+            file,
+            checkpoint,
+            engine,
+        } => inspect_batch::run(file, checkpoint.as_deref(), engine),
         InspectCommand::Trace {
             model,
             engine,

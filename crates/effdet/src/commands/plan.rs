@@ -2,15 +2,13 @@
 
 use std::fmt::Write;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_model::network::Network;
 use effdet_train::schedule::Schedule;
 use effdet_train::trainer::{Trainer, steps_per_epoch};
 
-use super::host::memory_gib;
+use super::memory;
 use super::run_config::{RunConfig, RunData};
 use crate::cli::TrainArgs;
 
@@ -25,7 +23,7 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
         }
     }
     let train = &config.train;
-    let network = Arc::new(Network::new(&config.hparams)?);
+    let network = Network::new(&config.hparams)?;
     let images = data.train.examples.len();
     let trainer = Trainer::new(train, &network, images);
     let steps_per_epoch = steps_per_epoch(train, images);
@@ -58,7 +56,7 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
             "# precision: half asked for, which this engine does not have yet: the run would be refused"
         );
     }
-    let _ = writeln!(text, "# memory: {}", memory(&network, train.batch_size)?);
+    let _ = writeln!(text, "# memory: {}", memory(args, config)?);
     let _ = writeln!(
         text,
         "# results: {}",
@@ -68,26 +66,15 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
 }
 
 /// What one rank takes, against what this machine has.
-fn memory(network: &Arc<Network>, images: usize) -> Result<String> {
-    let options = CpuOptions {
-        threads: 1,
-        ..CpuOptions::default()
-    };
-    let engine = CpuEngine::new(Arc::clone(network), options)?;
-    let size = network.hparams.image_size;
-    // Weights, gradients, momentum and averages; pixels and targets of a batch.
-    let values = 4 * network.variables.trainable_len();
-    let batch = images * (size.height * size.width * 3 + 5 * network.num_anchors());
-    let bytes = engine.training_memory(images).total_bytes() + 4 * (values + batch);
-    let needed_gib = bytes as f64 / f64::from(1 << 30);
-    Ok(match memory_gib() {
-        None => format!("{needed_gib:.1} GiB per rank"),
-        Some(have_gib) if needed_gib <= have_gib => {
-            format!("{needed_gib:.1} GiB per rank; this machine has {have_gib:.1} GiB")
-        }
-        Some(have_gib) => format!(
-            "{needed_gib:.1} GiB per rank, more than the {have_gib:.1} GiB of this machine: take a smaller --batch-size and make up \
-             for it with --accumulate"
+fn memory(args: &TrainArgs, config: &RunConfig) -> Result<String> {
+    let (images, accumulate) = (config.train.batch_size, config.train.accumulate);
+    Ok(match memory::check(args, &config.hparams, images, accumulate) {
+        Ok(Some(text)) => text,
+        Ok(None) => format!(
+            "needs {}",
+            memory::gb(memory::needed_bytes(&config.hparams, images, accumulate)?)
         ),
+        // A plan may be for another machine.
+        Err(refusal) => refusal.to_string(),
     })
 }

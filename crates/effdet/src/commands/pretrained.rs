@@ -35,7 +35,7 @@ const LISTED: usize = 8;
 
 /// Says on stderr what was loaded, what of the file had no use and what keeps its initial values.
 pub fn print_match(title: &str, report: &MatchReport) {
-    eprintln!("{title}: {} variables loaded", report.loaded.len());
+    tell!("{title}: {} variables loaded", report.loaded.len());
     let skipped = report.skipped.iter().map(|s| (&s.tensor, &s.reason));
     print_list("tensors of the file not used", skipped);
     let initial = report.reinitialised.iter().map(|r| (&r.variable, &r.reason));
@@ -47,11 +47,11 @@ fn print_list<'a>(what: &str, entries: impl ExactSizeIterator<Item = (&'a String
     if count == 0 {
         return;
     }
-    eprintln!("  {count} {what}:");
+    tell!("  {count} {what}:");
     for (name, reason) in entries.take(LISTED) {
-        eprintln!("    {name}: {reason}");
+        tell!("    {name}: {reason}");
     }
     if count > LISTED {
-        eprintln!("    and {} more", count - LISTED);
+        tell!("    and {} more", count - LISTED);
     }
 }

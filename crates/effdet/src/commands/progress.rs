@@ -49,7 +49,7 @@ impl Progress {
 
     /// Prints a line to stderr without tearing the bar.
     pub fn say(&self, line: &str) {
-        self.bar.suspend(|| eprintln!("{line}"));
+        self.bar.suspend(|| tell!("{line}"));
     }
 }
 

@@ -8,6 +8,7 @@ use effdet_data::synthetic::CLASS_NAMES;
 use effdet_model::hparams::ImageSize;
 use effdet_train::modes::EvaluationRule;
 
+use super::memory;
 use super::model::{apply_overrides, resolve_hparams};
 use super::run_config::{DataConfig, RunConfig, apply_schedule, run_config};
 use crate::cli::TrainArgs;
@@ -54,7 +55,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<RunConfig> {
         true => EvaluationRule::Never,
         false => EvaluationRule::Every(args.eval_every.unwrap_or(0)),
     };
-    let batch_size = args.batch_size.unwrap_or(BATCH_SIZE);
+    let batch_size = memory::batch_size(args, &hparams, BATCH_SIZE)?;
     run_config(args, hparams, data, (batch_size, ranks), rule)
 }
 

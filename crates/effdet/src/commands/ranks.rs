@@ -94,7 +94,7 @@ fn among_ranks(timeout: Duration, work: impl FnOnce(&Job<'_>) -> Result<ExitCode
     use effdet_dist::mpi::MpiTransport;
 
     let on_failure = |error: &effdet_dist::DistError| {
-        eprintln!("error: {error}");
+        tell!("error: {error}");
         leave_if_stuck();
     };
     let transport = MpiTransport::start(Box::new(on_failure), i32::from(RANK_MISSING))
@@ -119,7 +119,7 @@ fn among_ranks(timeout: Duration, work: impl FnOnce(&Job<'_>) -> Result<ExitCode
             // What all ranks find, rank 0 tells.
             std::thread::sleep(Duration::from_millis(500));
         }
-        eprintln!(
+        tell!(
             "error: rank {} on {}: {error:#}",
             ranks.rank(),
             ranks.host(ranks.rank())
@@ -204,7 +204,7 @@ fn program() -> Result<(String, String)> {
 }
 
 /// The values of a configuration with their dotted names.
-fn flatten(prefix: &str, value: &toml::Value, facts: &mut Vec<(String, String)>) {
+pub fn flatten(prefix: &str, value: &toml::Value, facts: &mut Vec<(String, String)>) {
     match value {
         toml::Value::Table(table) => {
             for (name, value) in table {

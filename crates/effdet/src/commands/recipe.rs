@@ -5,13 +5,12 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
 use effdet_model::suggest::nearest;
 use serde::Deserialize;
 
 use super::launch;
 use super::ranks::is_started_among_ranks;
-use crate::cli::{Cli, Command, RecipeCommand, RecipeRun};
+use crate::cli::{Command, RecipeCommand, RecipeRun, parse};
 
 macro_rules! recipes {
     ($($name:literal,)*) => {
@@ -112,14 +111,14 @@ pub fn run(command: &RecipeCommand) -> Result<ExitCode> {
 fn run_recipe(args: &RecipeRun) -> Result<ExitCode> {
     let recipe = find(&args.name)?;
     let words = recipe.words(&folders(&args.set)?, &args.more);
-    let mut cli = match Cli::try_parse_from(std::iter::once(&"effdet".to_owned()).chain(&words)) {
+    let mut cli = match parse(std::iter::once(&"effdet".to_owned()).chain(&words)) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
     let ranks = args.ranks.unwrap_or(recipe.ranks);
     ensure!(ranks > 0, "--ranks must be at least 1");
     if args.dry_run {
-        eprintln!("{}: effdet {}", args.name, words.join(" "));
+        tell!("{}: effdet {}", args.name, words.join(" "));
         if let Command::Train(train) = &mut cli.command {
             (train.dry_run, train.plan_ranks) = (true, Some(ranks));
             return super::run(cli);
@@ -130,7 +129,7 @@ fn run_recipe(args: &RecipeRun) -> Result<ExitCode> {
         return super::run(cli);
     }
     let launch = ["effdet", "launch", "-n", &ranks.to_string(), "--"].map(str::to_owned);
-    match Cli::try_parse_from(launch.iter().chain(&words)).map(|cli| cli.command) {
+    match parse(launch.iter().chain(&words)).map(|cli| cli.command) {
         Ok(Command::Launch(launch)) => launch::run(&launch),
         Ok(_) => bail!("the launcher's own command line was not understood: this is a bug, please report it"),
         Err(error) => error.exit(),
@@ -252,7 +251,7 @@ mod tests {
         for name in names {
             let recipe = find(name).unwrap();
             let words = recipe.words(&folders(&[]).unwrap(), &[]);
-            let cli = Cli::try_parse_from(std::iter::once(&"effdet".to_owned()).chain(&words));
+            let cli = parse(std::iter::once(&"effdet".to_owned()).chain(&words));
             assert!(cli.is_ok(), "{name}: {}", cli.unwrap_err());
             assert!(!words.iter().any(|word| word.contains('$')), "{words:?}");
         }

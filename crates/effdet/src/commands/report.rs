@@ -31,6 +31,7 @@ pub fn logs(args: &TrainArgs, run_dir: &Path, step: u64, ranks: usize) -> Result
         path: run_dir.join(&args.log_filename),
         log_steps: args.log_steps,
         ranks,
+        step,
     };
     Ok(vec![
         Box::new(DlLogger::open(&dllogger)?),

@@ -10,13 +10,15 @@ use effdet_data::synthetic::{self, SyntheticConfig};
 use effdet_metrics::METRIC_NAMES;
 use effdet_model::hparams::{HParams, Profile};
 use effdet_model::label_map::{Indexing, LabelMap};
+use effdet_train::guard::OnNonFinite;
 use effdet_train::modes::EvaluationRule;
 use effdet_train::trainer::{EarlyStop, TrainConfig};
 use serde::{Deserialize, Serialize};
 
+use super::memory;
 use super::model::{apply_overrides, resolve_hparams};
 use super::sources;
-use crate::cli::{SourceArgs, TrainArgs};
+use crate::cli::{NonFinitePolicy, SourceArgs, TrainArgs};
 
 /// The effective configuration of a run, saved beside its checkpoints; enough to repeat it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -164,14 +166,14 @@ pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
     Ok(LabelMap::new(Indexing::Contiguous, categories)?)
 }
 
+const DEFAULT_BATCH: usize = 8;
+
 /// Configuration of a run of `ranks` processes on the user's data, and that data.
 pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)> {
     let mut hparams = resolve_hparams(&args.model, "d0")?;
     let source = DataConfig::Files(Box::new(sources::absolute(&args.source)?));
     let data = source.load(args.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
-    let batch_size = args.batch_size.unwrap_or(8);
-    ensure!(batch_size > 0, "--batch-size must be at least 1");
     if args.model.num_classes.is_none() {
         let coco = label_map.indexing() == Indexing::IdMinusOne;
         hparams.num_classes = match (coco, hparams.profile) {
@@ -180,6 +182,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)>
             (false, _) => label_map.min_num_classes(),
         };
     }
+    let batch_size = memory::batch_size(args, &hparams, DEFAULT_BATCH)?;
     // The published rates are per 64 images.
     let rate = 0.08 * (batch_size * args.accumulate.max(1) * ranks) as f64 / 64.0;
     (hparams.learning_rate, hparams.lr_warmup_init) = (rate, rate / 100.0);
@@ -197,9 +200,15 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)>
         data.val.is_some() || args.early_stop.is_none(),
         "--early-stop needs held-out data: give --val-split, or --val-json with --val-images"
     );
+    let config = run_config(args, hparams, source, (batch_size, ranks), rule(args)?)?;
+    Ok((config, data))
+}
+
+/// When a run evaluates and ends.
+pub fn rule(args: &TrainArgs) -> Result<EvaluationRule> {
     // Stopping early takes evaluations on the way.
     let default_period = u64::from(args.early_stop.is_some());
-    let rule = match args.training_mode.as_deref() {
+    Ok(match args.training_mode.as_deref() {
         _ if args.benchmark => EvaluationRule::Never,
         None => EvaluationRule::Every(args.eval_every.unwrap_or(default_period)),
         Some("train") => EvaluationRule::Train,
@@ -208,9 +217,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)>
         },
         Some("train300") => EvaluationRule::Train300,
         Some(other) => bail!("--training-mode {other:?}: known modes are train, traineval and train300"),
-    };
-    let config = run_config(args, hparams, source, (batch_size, ranks), rule)?;
-    Ok((config, data))
+    })
 }
 
 /// Dedicated options win over everything else.
@@ -255,6 +262,10 @@ pub fn run_config(
             checkpoint_period: args.checkpoint_period,
             checkpoint_every_steps: args.checkpoint_every_steps,
             keep_last: args.keep,
+            keep_best: args.keep_best,
+            keep_every: args.keep_every,
+            on_nonfinite: args.on_nonfinite.into(),
+            schedule_shift: 0,
             rule,
             early_stop: early_stop(args)?,
             seed: args.seed,
@@ -268,7 +279,8 @@ pub fn run_config(
     })
 }
 
-fn early_stop(args: &TrainArgs) -> Result<Option<EarlyStop>> {
+/// The rule of stopping early that is asked for.
+pub fn early_stop(args: &TrainArgs) -> Result<Option<EarlyStop>> {
     let Some(wanted) = &args.early_stop else {
         return Ok(None);
     };
@@ -284,5 +296,15 @@ fn early_stop(args: &TrainArgs) -> Result<Option<EarlyStop>> {
             "--early-stop {wanted:?}: known metrics are {}",
             METRIC_NAMES.join(", ")
         ),
+    }
+}
+
+impl From<NonFinitePolicy> for OnNonFinite {
+    fn from(policy: NonFinitePolicy) -> Self {
+        match policy {
+            NonFinitePolicy::Stop => Self::Stop,
+            NonFinitePolicy::SkipStep => Self::SkipStep,
+            NonFinitePolicy::Rewind => Self::Rewind,
+        }
     }
 }

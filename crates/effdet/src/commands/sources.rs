@@ -203,13 +203,13 @@ pub fn list_excluded(args: &SourceArgs, part: Part, excluded: &[Excluded], folde
         )?;
     }
     if ranks::speaks() {
-        eprintln!(
+        tell!(
             "warning: {} damaged samples are left out of the {name} data, listed in {}",
             excluded.len(),
             list.display()
         );
         for sample in excluded.iter().take(FINDINGS_SHOWN) {
-            eprintln!("  {}", printable(&sample.finding.to_string()));
+            tell!("  {}", printable(&sample.finding.to_string()));
         }
     }
     Ok(())
@@ -312,11 +312,11 @@ fn warn(name: &str, what: &str, findings: &[Finding]) {
     if findings.is_empty() {
         return;
     }
-    eprintln!("warning: {}: {} {what}", printable(name), findings.len());
+    tell!("warning: {}: {} {what}", printable(name), findings.len());
     for finding in findings.iter().take(FINDINGS_SHOWN) {
-        eprintln!("  {}", printable(&finding.to_string()));
+        tell!("  {}", printable(&finding.to_string()));
     }
     if findings.len() > FINDINGS_SHOWN {
-        eprintln!("  and {} more", findings.len() - FINDINGS_SHOWN);
+        tell!("  and {} more", findings.len() - FINDINGS_SHOWN);
     }
 }

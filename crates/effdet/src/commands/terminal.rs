@@ -48,7 +48,7 @@ impl Terminal {
     }
 
     fn say(&self, line: &str) {
-        self.bar.suspend(|| eprintln!("{line}"));
+        self.bar.suspend(|| tell!("{line}"));
     }
 
     /// Losses, speed and the share of time spent waiting for data, averaged since the last call.
@@ -101,7 +101,7 @@ impl EventSink for Terminal {
                     self.last_line = std::time::Instant::now();
                     let total = self.bar.length().unwrap_or(0);
                     let text = self.summary();
-                    eprintln!("step {}/{total}  {text}", record.step);
+                    tell!("step {}/{total}  {text}", record.step);
                 }
             }
             Event::Evaluating { done, total } => {

@@ -5,11 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use effdet_ckpt::{CheckpointStore, load_backbone, weights_hash};
+use effdet_ckpt::{CheckpointStore, RunLock, load_backbone, weights_hash};
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -21,30 +19,33 @@ use super::engine::cpu_engine;
 use super::plan::plan;
 use super::pretrained::{load_pretrained, print_match};
 use super::ranks::{self, Job, from_root};
+use super::resume::{asked, check_changes, load_state, newest_run, read_config, write_config};
 use super::run_config::{DataConfig, RunConfig, RunData, configure, label_map_of};
+use super::signals::Control;
 use super::terminal::Terminal;
-use super::{doctor, quickstart, report, sources};
+use super::{doctor, memory, quickstart, report, sanity, sources};
 use crate::cli::TrainArgs;
 
 /// Where runs go that were given no folder.
-const RUNS: &str = "runs";
-const CONFIG_FILE: &str = "config.toml";
-/// Signals to a rank within this time are one request to stop.
-const SAME_REQUEST: Duration = Duration::from_secs(5);
-
+pub const RUNS: &str = "runs";
+pub const CONFIG_FILE: &str = "config.toml";
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
     if args.amp == Some(true) && !args.dry_run {
         bail!("--amp: half precision is not available on this engine yet; leave the option out");
     }
-    ranks::run(&args.ranks, |job| match args.resume {
-        true => resume(args, job),
-        false => start(args, job),
+    ranks::run(&args.ranks, |job| {
+        let control = Control::listen(job.group.size())?;
+        match args.resume {
+            _ if args.sanity => sanity::run(args, job),
+            true => resume(args, job, &control),
+            false => start(args, job, &control),
+        }
     })
 }
 
 /// Starts a run.
-fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
+fn start(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode> {
     let given = sources::is_given(&args.source);
     let planned = args.plan_ranks.filter(|_| args.dry_run);
     let ranks = planned.unwrap_or_else(|| job.group.size());
@@ -68,6 +69,12 @@ fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    let memory = memory::check(
+        args,
+        &config.hparams,
+        config.train.batch_size,
+        config.train.accumulate,
+    )?;
     let network = Arc::new(Network::new(&config.hparams)?);
     let mut weights = Weights::init(&network.variables, config.train.seed);
     // The other ranks receive what rank 0 has.
@@ -83,163 +90,129 @@ fn start(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     let name = if given { &config.hparams.name } else { "quickstart" };
     let run_dir = from_root(job, || {
         let run_dir = new_run_dir(args.run_dir.as_deref(), name)?;
-        let file = run_dir.join(CONFIG_FILE);
-        fs::write(&file, toml::to_string(&config)?)
-            .with_context(|| format!("cannot write {}", file.display()))?;
+        write_config(&run_dir, &config)?;
         Ok(run_dir.to_string_lossy().into_owned().into_bytes())
     })?;
     let run_dir = PathBuf::from(String::from_utf8(run_dir)?);
-    let ending = execute(args, job, &config, data, label_map, &network, state, &run_dir)?;
+    let _lock = lock(job, &run_dir)?;
+    let run = Run {
+        config: &config,
+        label_map,
+        network: &network,
+        run_dir: &run_dir,
+        memory,
+    };
+    let ending = execute(args, job, control, run, data, state)?;
     if !given && ending == Ending::Complete && job.is_root() {
         quickstart::next_steps(&run_dir)?;
     }
-    exit_code(ending, &run_dir)
+    exit_code(ending, control, &run_dir)
 }
 
-fn exit_code(ending: Ending, run_dir: &Path) -> Result<ExitCode> {
+fn exit_code(ending: Ending, control: &Control, run_dir: &Path) -> Result<ExitCode> {
     if ending == Ending::Interrupted {
         if ranks::speaks() {
-            eprintln!(
+            tell!(
                 "interrupted; go on with: effdet train --resume --run-dir {}",
                 run_dir.display()
             );
         }
-        return Ok(ExitCode::from(130));
+        return Ok(ExitCode::from(control.exit_code()));
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Goes on with a run by its own configuration.
-fn resume(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
-    refuse_changes(args)?;
+fn resume(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode> {
     // Rank 0 decides what is resumed, so that the others need not see its folder.
+    let mut lock_of_root = None;
     let found = from_root(job, || {
         let run_dir = match &args.run_dir {
             Some(dir) => dir.clone(),
             None => newest_run(args)?,
         };
-        let config = read_config(&run_dir)?;
-        Ok(toml::to_string(&Found { run_dir, config })?.into_bytes())
+        let own = read_config(&run_dir)?;
+        lock_of_root = lock(job, &run_dir)?;
+        let config = asked(args, &own)?;
+        check_changes(&own, &config, args.allow_changes)?;
+        let variables = |config: &RunConfig| Ok::<_, anyhow::Error>(Network::new(&config.hparams)?.variables);
+        ensure!(
+            variables(&own)? == variables(&config)?,
+            "these options make another network, which cannot go on with this run's weights: start a new run with --pretrained-ckpt {}",
+            run_dir.display()
+        );
+        Ok(toml::to_string(&Found { run_dir, own, config })?.into_bytes())
     })?;
-    let Found { run_dir, mut config } = toml::from_str(std::str::from_utf8(&found)?)?;
-    // What may change without changing the numbers, or is asked for on purpose.
-    if let Some(workers) = args.workers {
-        config.train.workers = workers;
-    }
-    config.train.max_steps = args.max_steps;
+    let Found {
+        run_dir,
+        own,
+        mut config,
+    } = toml::from_str(std::str::from_utf8(&found)?)?;
     let data = config.data.load(config.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
     ranks::verify(job, &config, &data, &label_map)?;
     let network = Arc::new(Network::new(&config.hparams)?);
     let state = match job.is_root() {
-        true => load_state(&run_dir, &network, &data)?,
+        true => load_state(&run_dir, &network, &data, args.strict)?,
         // Rank 0 sends what it has.
         false => TrainState::new(&network, Weights::zeros(&network.variables))?,
     };
+    if own.train.batch_size != config.train.batch_size {
+        let batch_size = config.train.batch_size;
+        config.train.batch_size = own.train.batch_size;
+        // All ranks go by the place of rank 0.
+        let place = from_root(job, || {
+            Ok(format!("{} {}", state.step, state.sample_position).into_bytes())
+        })?;
+        let place = String::from_utf8(place)?;
+        let (step, position) = place
+            .split_once(' ')
+            .context("the place of rank 0 was not understood")?;
+        let images = data.train.examples.len();
+        config.train = (config.train).with_batch_size(batch_size, images, step.parse()?, position.parse()?);
+        if job.is_root() {
+            tell!(
+                "going on with batches of {batch_size} images instead of {} per rank: samples and schedule stay where they are, the \
+                 learning rate is not scaled",
+                own.train.batch_size
+            );
+        }
+    }
+    if job.is_root() {
+        write_config(&run_dir, &config)?;
+    }
     let (started, ranks) = (config.train.ranks, job.group.size());
     if started != ranks && job.is_root() {
-        eprintln!(
+        tell!(
             "started with {started} ranks, going on with {ranks}: batches stay {} images, schedule and order of samples stay \
              as they are; sums of gradients round differently",
             config.train.global_batch() * config.train.accumulate
         );
     }
-    let ending = execute(args, job, &config, data, label_map, &network, state, &run_dir)?;
-    exit_code(ending, &run_dir)
+    let memory = memory::check(
+        args,
+        &config.hparams,
+        config.train.batch_size,
+        config.train.accumulate,
+    )?;
+    let run = Run {
+        config: &config,
+        label_map,
+        network: &network,
+        run_dir: &run_dir,
+        memory,
+    };
+    let ending = execute(args, job, control, run, data, state)?;
+    exit_code(ending, control, &run_dir)
 }
 
 /// What rank 0 tells the others about the run that goes on.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Found {
     run_dir: PathBuf,
+    /// The configuration so far, and the one to go on with.
+    own: RunConfig,
     config: RunConfig,
-}
-
-/// The state of the newest complete checkpoint.
-fn load_state(run_dir: &Path, network: &Network, data: &RunData) -> Result<TrainState> {
-    let latest = CheckpointStore::new(run_dir).load_latest(&network.variables)?;
-    for bad in &latest.passed_over {
-        eprintln!("warning: passed over {}: {}", bad.path.display(), bad.error);
-    }
-    let checkpoint = latest.checkpoint.with_context(|| {
-        format!(
-            "{} has no complete checkpoint; start a new run without --resume",
-            run_dir.display()
-        )
-    })?;
-    if checkpoint.state.data_fingerprint != data.train.fingerprint() {
-        bail!(
-            "the training data is not that of the checkpoint (images, boxes or classes changed); start a new run with \
-             --pretrained-ckpt {}",
-            checkpoint.path.display()
-        );
-    }
-    eprintln!("resuming {} at step {}", run_dir.display(), checkpoint.state.step);
-    Ok(TrainState::from_checkpoint(network, checkpoint)?)
-}
-
-fn read_config(run_dir: &Path) -> Result<RunConfig> {
-    let file = run_dir.join(CONFIG_FILE);
-    let text = fs::read_to_string(&file)
-        .with_context(|| format!("cannot read {}: is this the folder of a run?", file.display()))?;
-    toml::from_str(&text).with_context(|| file.display().to_string())
-}
-
-/// A resumed run goes by its own configuration; options that say otherwise would be ignored without a word.
-fn refuse_changes(args: &TrainArgs) -> Result<()> {
-    let given = [
-        ("--model", args.model.model.is_some()),
-        ("--hparams", !args.model.hparams.is_empty()),
-        ("--image-size", args.model.image_size.is_some()),
-        ("--profile", args.model.profile.is_some()),
-        ("--num-classes", args.model.num_classes.is_some()),
-        ("--batch-size", args.batch_size.is_some()),
-        ("--accumulate", args.accumulate != 1),
-        ("--epochs", args.epochs.is_some()),
-        ("--num-examples-per-epoch", args.num_examples_per_epoch.is_some()),
-        ("--lr", args.lr.is_some()),
-        ("--warmup-value", args.warmup_value.is_some()),
-        ("--warmup-epochs", args.warmup_epochs.is_some()),
-        ("--training-mode", args.training_mode.is_some()),
-        ("--eval-every", args.eval_every.is_some()),
-        ("--eval-samples", args.eval_samples.is_some()),
-        ("--early-stop", args.early_stop.is_some()),
-        ("--pretrained-ckpt", args.pretrained_ckpt.is_some()),
-        ("--backbone-init", args.backbone_init.is_some()),
-        ("--freeze", args.freeze.is_some()),
-        ("--seed", args.seed != 0),
-    ];
-    let named: Vec<&str> = (given.iter().filter(|(_, given)| *given).map(|(name, _)| *name)).collect();
-    ensure!(
-        named.is_empty(),
-        "{}: a resumed run keeps its own configuration; leave these out, or start a new run with --pretrained-ckpt",
-        named.join(", ")
-    );
-    Ok(())
-}
-
-/// The run in `runs/` on the same data that was started last.
-fn newest_run(args: &TrainArgs) -> Result<PathBuf> {
-    let wanted = sources::is_given(&args.source).then(|| sources::absolute(&args.source));
-    let wanted = wanted.transpose()?;
-    let mut newest = None;
-    for entry in fs::read_dir(RUNS).into_iter().flatten().flatten() {
-        let dir = entry.path();
-        let Ok(config) = read_config(&dir) else {
-            continue;
-        };
-        let started = fs::metadata(dir.join(CONFIG_FILE)).and_then(|metadata| metadata.modified());
-        let fits = wanted.as_ref().is_none_or(|wanted| config.data.is_of(wanted));
-        if let Ok(started) = started
-            && fits
-            && newest.as_ref().is_none_or(|(time, _)| started > *time)
-        {
-            newest = Some((started, dir));
-        }
-    }
-    newest
-        .map(|(_, dir)| dir)
-        .with_context(|| format!("no run on this data in {RUNS}/: name its folder with --run-dir"))
 }
 
 /// Writes what was left out of the data into the run folder.
@@ -252,18 +225,42 @@ fn list_excluded(config: &RunConfig, data: &RunData, run_dir: &Path) -> Result<(
     Ok(())
 }
 
+/// Takes the run folder for this process; the other ranks of its run leave that to rank 0.
+fn lock(job: &Job<'_>, run_dir: &Path) -> Result<Option<RunLock>> {
+    if !job.is_root() {
+        return Ok(None);
+    }
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let holder = format!("process {} on {}", std::process::id(), host.trim());
+    Ok(Some(RunLock::acquire(run_dir, &holder)?))
+}
+
+/// A run that is about to begin or to go on.
+struct Run<'a> {
+    config: &'a RunConfig,
+    label_map: LabelMap,
+    network: &'a Arc<Network>,
+    run_dir: &'a Path,
+    /// What it needs, in words.
+    memory: Option<String>,
+}
+
 /// Trains, reports and says where everything is.
-#[expect(clippy::too_many_arguments, reason = "everything that makes a run")]
 fn execute(
     args: &TrainArgs,
     job: &Job<'_>,
-    config: &RunConfig,
+    control: &Control,
+    run: Run<'_>,
     data: RunData,
-    label_map: LabelMap,
-    network: &Arc<Network>,
     mut state: TrainState,
-    run_dir: &Path,
 ) -> Result<Ending> {
+    let Run {
+        config,
+        label_map,
+        network,
+        run_dir,
+        memory,
+    } = run;
     if job.is_root() {
         list_excluded(config, &data, run_dir)?;
     }
@@ -274,7 +271,7 @@ fn execute(
     let quiet = args.quiet || !job.is_root();
     let ranks = job.group.size();
     if !quiet {
-        eprintln!(
+        tell!(
             "{} at {}, {} classes, {} trainable values; {} training and {} held-out images; {}batch {}, {} steps; {} threads, {}; {}",
             config.hparams.name,
             config.hparams.image_size,
@@ -293,6 +290,9 @@ fn execute(
             engine.isa(),
             run_dir.display(),
         );
+        if let Some(memory) = memory {
+            tell!("memory: {memory}");
+        }
     }
     let evaluator = data.val.as_ref().map(|val| Evaluator {
         dataset: Arc::clone(val),
@@ -302,7 +302,6 @@ fn execute(
         workers: config.train.workers.max(1),
         only_images_with_detections: false,
     });
-    let stop = stop_flag(ranks)?;
     let mut inputs = RunInputs {
         network,
         engine: &mut engine,
@@ -311,7 +310,7 @@ fn execute(
         label_map: label_map.clone(),
         group: job.group,
         checkpoints: run_dir.to_path_buf(),
-        stop,
+        requests: Arc::clone(&control.requests),
     };
     let mut terminal = Terminal::new(quiet);
     let mut logs = match job.is_root() {
@@ -320,6 +319,7 @@ fn execute(
     };
     let mut sinks: Vec<&mut dyn EventSink> = vec![&mut terminal];
     sinks.extend(logs.iter_mut().map(|sink| &mut **sink as &mut dyn EventSink));
+    control.training_begins();
     let outcome = trainer.run(&mut inputs, &mut state, &mut sinks)?;
     drop(inputs);
     if !job.is_root() {
@@ -379,29 +379,6 @@ fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> Resul
         }
     }
     Ok(())
-}
-
-/// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C leaves at once.
-fn stop_flag(ranks: usize) -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    let mut first = None;
-    ctrlc::set_handler(move || {
-        let again = seen.swap(true, Ordering::Relaxed);
-        let since = first.get_or_insert_with(Instant::now).elapsed();
-        // One request can reach a rank directly and through mpirun.
-        if again && (ranks == 1 || since > SAME_REQUEST) {
-            std::process::exit(130);
-        }
-        if !again && ranks::speaks() {
-            eprintln!("\nstopping after this step; once more to leave at once");
-        }
-    })
-    .context("cannot listen for signals")?;
-    // What a launcher sends to every rank: mpirun passes it on, where it would follow SIGTERM with SIGKILL.
-    signal_hook::flag::register(signal_hook::consts::SIGUSR2, Arc::clone(&stop))
-        .context("cannot listen for signals")?;
-    Ok(stop)
 }
 
 /// Creates the folder of a new run: the given one, or the first of `runs/NAME-1`, `-2`, … that does not exist.

@@ -14,18 +14,19 @@ use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
 use effdet_ckpt::CheckpointStore;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use self::hosts::Hosts;
 use self::supervise::{Ended, supervise};
 use super::ranks::RANK_MISSING;
-use crate::cli::{Cli, Command as Inner, LaunchArgs, TrainArgs};
+use super::signals::on_signals;
+use crate::cli::{Cli, Command as Inner, LaunchArgs, TrainArgs, parse};
 
 /// Runs the command.
 pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
     ensure!(args.ranks > 0, "-n must be at least 1");
-    let inner = Cli::try_parse_from(std::iter::once("effdet".to_owned()).chain(args.command.clone()));
+    let inner = parse(std::iter::once("effdet".to_owned()).chain(args.command.clone()));
     let train = match inner {
         Ok(Cli {
             command: Inner::Train(train),
@@ -52,7 +53,7 @@ pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
     let mut restarts = 0;
     loop {
         let mut mpirun = mpirun(args, ranks, hosts.as_ref(), &command)?;
-        eprintln!("{}", shown(&mpirun));
+        tell!("{}", shown(&mpirun));
         if args.dry_run {
             return Ok(ExitCode::SUCCESS);
         }
@@ -74,7 +75,7 @@ pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
         restarts += 1;
         if let Some(hosts) = &mut hosts {
             for lost in hosts.drop_unreachable(&args.rsh) {
-                eprintln!("{lost} does not answer: going on without it");
+                tell!("{lost} does not answer: going on without it");
             }
             ranks = ranks.min(hosts.slots());
             ensure!(ranks > 0, "no machine answers");
@@ -84,7 +85,7 @@ pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
         {
             command = resume_command(train, run_dir);
         }
-        eprintln!("restart {restarts} of {} with {ranks} ranks", args.max_restarts);
+        tell!("restart {restarts} of {} with {ranks} ranks", args.max_restarts);
     }
 }
 
@@ -170,10 +171,9 @@ fn shown(command: &Command) -> String {
 fn stop_requests() -> Result<Arc<AtomicUsize>> {
     let requests = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&requests);
-    ctrlc::set_handler(move || {
+    on_signals(&[SIGTERM, SIGINT, SIGHUP], move |_| {
         seen.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    })
-    .context("cannot listen for signals")?;
+    })?;
     Ok(requests)
 }
 
@@ -182,7 +182,10 @@ mod tests {
     use super::*;
 
     fn train(arguments: &[&str]) -> Box<TrainArgs> {
-        match Cli::parse_from(["effdet", "train"].iter().chain(arguments)).command {
+        match parse(["effdet", "train"].iter().chain(arguments))
+            .unwrap()
+            .command
+        {
             Inner::Train(train) => train,
             other => panic!("{other:?}"),
         }

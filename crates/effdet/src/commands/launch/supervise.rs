@@ -48,7 +48,7 @@ pub fn supervise(command: &mut Command, stops: &AtomicUsize, grace: Duration) ->
             match requests {
                 // mpirun passes it on to every rank, which SIGTERM would only give a moment to end.
                 1 => {
-                    eprintln!("stopping after this step; once more to end at once");
+                    tell!("stopping after this step; once more to end at once");
                     let _ = kill_process(pid, Signal::USR2);
                 }
                 2 => {
@@ -61,7 +61,7 @@ pub fn supervise(command: &mut Command, stops: &AtomicUsize, grace: Duration) ->
             failed_at = Some(Instant::now());
         }
         if failed_at.is_some_and(|since| since.elapsed() > grace) {
-            eprintln!("mpirun does not end by itself: killed with all its processes");
+            tell!("mpirun does not end by itself: killed with all its processes");
             end(&mut child);
         }
         std::thread::sleep(LOOK);
