@@ -468,3 +468,40 @@ fn memory_files_and_threads_do_not_grow_with_the_steps() {
     );
     assert!(rss_later - rss < 8 * 1024, "{rss} and {rss_later} KiB");
 }
+
+#[test]
+fn bare_environments_change_nothing_but_looks() {
+    let scratch = Scratch::with_data();
+    scratch.train("whole", "");
+    for (number, environment) in [
+        "NO_COLOR=1 COLUMNS=20",
+        "LC_ALL=C LANG=C TERM=dumb",
+        "HOME=/proc XDG_CACHE_HOME=/proc",
+        "",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let run = format!("run-{number}");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_effdet"));
+        command
+            .args(
+                "train --data shapes --image-size 64 --batch-size 4 --epochs 2 --run-dir".split_whitespace(),
+            )
+            .arg(&run)
+            .current_dir(scratch.path(""))
+            .env_clear();
+        for pair in environment.split_whitespace() {
+            let (name, value) = pair.split_once('=').unwrap();
+            command.env(name, value);
+        }
+        let output = command.output().unwrap();
+        let messages = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{environment}: {messages}");
+        assert!(
+            !messages.contains('\u{1b}'),
+            "escape codes without a terminal: {messages}"
+        );
+        assert_eq!(scratch.hashes(&run), scratch.hashes("whole"), "{environment}");
+    }
+}
