@@ -4,7 +4,10 @@ use effdet_model::assign::Assigner;
 use effdet_model::engine::{ImageBatch, Targets, TrainBatch};
 use effdet_model::label_map::LabelMap;
 use effdet_model::loss::normalizer;
+use image::RgbImage;
 
+use crate::augment::AugmentConfig;
+use crate::augment::compose::Sample;
 use crate::dataset::Example;
 use crate::decode::{DecodeOptions, decode_rgb};
 use crate::error::{DataError, Result};
@@ -92,6 +95,8 @@ impl Batch {
 pub struct Preparation {
     /// Pixels and boxes.
     pub preprocess: PreprocessConfig,
+    /// Augmentation of training samples beside flip and jitter.
+    pub augment: AugmentConfig,
     /// Decoder limits and orientation.
     pub decode: DecodeOptions,
     /// Largest encoded image in bytes.
@@ -102,6 +107,17 @@ pub struct Preparation {
     pub skip_crowd: bool,
     /// Seed of flips and jitter.
     pub seed: u64,
+}
+
+/// A training sample as the network sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainingView {
+    /// `[height, width, 3]`, normalised.
+    pub pixels: Vec<f32>,
+    /// Boxes in input pixels.
+    pub boxes_yxyx_px: Vec<[f32; 4]>,
+    /// Class index of each box.
+    pub classes: Vec<i32>,
 }
 
 /// Which sample of the stream an example is read as.
@@ -121,52 +137,50 @@ impl Preparation {
         batch.width = self.preprocess.image_size.width;
     }
 
-    /// Appends one example: augmented and with targets where an `assigner` is given, as evaluation places it otherwise.
+    /// Appends the example of a key: augmented and with targets where an `assigner` is given, as evaluation places it otherwise.
     ///
     /// # Errors
     /// What reading and decoding report, naming the file; an image of another size than annotated; a category that the label map
     /// lacks.
     ///
     /// # Determinism
-    /// A function of (seed, key, example) alone.
+    /// A function of (seed, key, examples) alone.
     pub fn append(
         &self,
         batch: &mut Batch,
-        example: &Example,
+        examples: &[Example],
         key: SampleKey,
         assigner: Option<&Assigner>,
     ) -> Result<()> {
+        let example = &examples[key.index as usize];
         let clock = std::time::Instant::now();
-        let bytes = example.source.read_bytes(self.max_encoded_bytes)?;
-        let image = decode_rgb(&bytes, &self.decode).map_err(|reason| DataError::Image {
-            file: example.file_name.clone(),
-            reason,
-        })?;
-        let differs = |annotated: u32, decoded: u32| annotated != 0 && annotated != decoded;
-        if differs(example.width, image.width()) || differs(example.height, image.height()) {
-            return Err(DataError::SizeMismatch {
-                file: example.file_name.clone(),
-                decoded: image.dimensions(),
-                annotated: (example.width, example.height),
-            });
-        }
+        let image = self.decode(example)?;
         batch.decode_us += clock.elapsed().as_micros() as u64;
 
         let clock = std::time::Instant::now();
-        let (height, width) = (image.height() as usize, image.width() as usize);
         let config = &self.preprocess;
-        let placement = match assigner {
-            Some(_) => Placement::draw(config, height, width, self.seed, key.pass, key.index),
-            None => Placement::evaluation(config, height, width),
+        let (sample, placement) = match assigner {
+            Some(_) => self.augment(examples, image, key)?,
+            None => {
+                let placement =
+                    Placement::evaluation(config, image.height() as usize, image.width() as usize);
+                let (boxes_yxyx_norm, classes) = (Vec::new(), Vec::new());
+                let sample = Sample {
+                    image,
+                    boxes_yxyx_norm,
+                    classes,
+                };
+                (sample, placement)
+            }
         };
         let at = batch.images.len();
         batch.images.resize(at + batch.height * batch.width * 3, 0.0);
-        place_image(config, &image, &placement, &mut batch.images[at..]);
+        place_image(config, &sample.image, &placement, &mut batch.images[at..]);
         batch.prepare_us += clock.elapsed().as_micros() as u64;
 
         if let Some(assigner) = assigner {
             let clock = std::time::Instant::now();
-            let (boxes, classes) = self.place_objects(example, height, width, &placement)?;
+            let (boxes, classes) = placed(config, &sample, &placement);
             let (class_at, box_at) = (batch.class_targets.len(), batch.box_targets.len());
             batch.class_targets.resize(class_at + assigner.num_anchors(), 0);
             batch.box_targets.resize(box_at + assigner.num_anchors() * 4, 0.0);
@@ -186,16 +200,63 @@ impl Preparation {
         Ok(())
     }
 
-    /// Boxes left after augmentation, in input pixels, with their class indices.
-    fn place_objects(
-        &self,
-        example: &Example,
-        height: usize,
-        width: usize,
-        placement: &Placement,
-    ) -> Result<(Vec<[f32; 4]>, Vec<i32>)> {
-        let (height, width) = (height as f64, width as f64);
-        let mut boxes = Vec::with_capacity(example.objects.len());
+    /// What the network sees of a training sample.
+    ///
+    /// # Errors
+    /// Those of [`Self::append`].
+    pub fn training_view(&self, examples: &[Example], key: SampleKey) -> Result<TrainingView> {
+        let image = self.decode(&examples[key.index as usize])?;
+        let (sample, placement) = self.augment(examples, image, key)?;
+        let size = self.preprocess.image_size;
+        let mut pixels = vec![0.0; size.height * size.width * 3];
+        place_image(&self.preprocess, &sample.image, &placement, &mut pixels);
+        let (boxes, classes) = placed(&self.preprocess, &sample, &placement);
+        Ok(TrainingView {
+            pixels,
+            boxes_yxyx_px: boxes,
+            classes,
+        })
+    }
+
+    fn augment(&self, examples: &[Example], image: RgbImage, key: SampleKey) -> Result<(Sample, Placement)> {
+        let config = &self.preprocess;
+        let sample = self.sample(&examples[key.index as usize], image)?;
+        let load = |index: u64| {
+            let example = &examples[index as usize];
+            self.sample(example, self.decode(example)?)
+        };
+        let numbers = (self.seed, key.pass, key.index);
+        let count = examples.len() as u64;
+        let sample = self
+            .augment
+            .apply(sample, config.image_size, numbers, count, load)?;
+        let (height, width) = (sample.image.height() as usize, sample.image.width() as usize);
+        let placement = Placement::draw(config, height, width, self.seed, key.pass, key.index);
+        Ok((sample, placement))
+    }
+
+    /// The image of an example, of the size that it is annotated with.
+    fn decode(&self, example: &Example) -> Result<RgbImage> {
+        let bytes = example.source.read_bytes(self.max_encoded_bytes)?;
+        let image = decode_rgb(&bytes, &self.decode).map_err(|reason| DataError::Image {
+            file: example.file_name.clone(),
+            reason,
+        })?;
+        let differs = |annotated: u32, decoded: u32| annotated != 0 && annotated != decoded;
+        if differs(example.width, image.width()) || differs(example.height, image.height()) {
+            return Err(DataError::SizeMismatch {
+                file: example.file_name.clone(),
+                decoded: image.dimensions(),
+                annotated: (example.width, example.height),
+            });
+        }
+        Ok(image)
+    }
+
+    /// An image with the objects that are trained on.
+    fn sample(&self, example: &Example, image: RgbImage) -> Result<Sample> {
+        let (height, width) = (f64::from(image.height()), f64::from(image.width()));
+        let mut boxes_yxyx_norm = Vec::with_capacity(example.objects.len());
         let mut classes = Vec::with_capacity(example.objects.len());
         for (record, object) in example.objects.iter().enumerate() {
             if object.is_crowd && self.skip_crowd {
@@ -211,17 +272,26 @@ impl Preparation {
                 })?;
             let [x, y, w, h] = object.box_xywh_px;
             // Records hold float32 corners divided by the image size.
-            let normalized = [
+            boxes_yxyx_norm.push([
                 (y / height) as f32,
                 (x / width) as f32,
                 ((y + h) / height) as f32,
                 ((x + w) / width) as f32,
-            ];
-            if let Some(placed) = placement.place_box(&self.preprocess, normalized) {
-                boxes.push(placed);
-                classes.push(class.0 as i32);
-            }
+            ]);
+            classes.push(class.0 as i32);
         }
-        Ok((boxes, classes))
+        Ok(Sample {
+            image,
+            boxes_yxyx_norm,
+            classes,
+        })
     }
+}
+
+/// Boxes left after placing, in input pixels, with their class indices.
+fn placed(config: &PreprocessConfig, sample: &Sample, placement: &Placement) -> (Vec<[f32; 4]>, Vec<i32>) {
+    let placed = |(&b, &class): (&[f32; 4], &i32)| Some((placement.place_box(config, b)?, class));
+    (sample.boxes_yxyx_norm.iter().zip(&sample.classes))
+        .filter_map(placed)
+        .unzip()
 }

@@ -281,9 +281,9 @@ impl Work {
         };
         for position in positions {
             let key = self.key(position);
-            let example = &self.dataset.examples[key.index as usize];
+            let examples = &self.dataset.examples;
             self.preparation
-                .append(&mut batch, example, key, self.assigner.as_ref())?;
+                .append(&mut batch, examples, key, self.assigner.as_ref())?;
         }
         batch.end_position = end;
         Ok(batch)
@@ -319,6 +319,7 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::augment::AugmentConfig;
     use crate::dataset::{Category, Example, ImageSource, ObjectAnnotation};
     use crate::preprocess::PreprocessConfig;
     use crate::synthetic::{CLASS_NAMES, SyntheticConfig, render};
@@ -383,8 +384,13 @@ mod tests {
     }
 
     fn start(dataset: &DetectionDataset, config: LoaderConfig) -> Loader {
+        start_augmented(dataset, config, Default::default())
+    }
+
+    fn start_augmented(dataset: &DetectionDataset, config: LoaderConfig, augment: AugmentConfig) -> Loader {
         let preparation = Preparation {
             preprocess: PreprocessConfig::new(&hparams()),
+            augment,
             decode: Default::default(),
             max_encoded_bytes: 1 << 20,
             label_map: LabelMap::from_names(CLASS_NAMES),
@@ -605,5 +611,51 @@ mod tests {
         let positives = batch.class_targets.iter().filter(|&&class| class >= 0).count();
         assert_eq!(batch.positives.iter().sum::<usize>(), positives);
         assert_eq!(batch.train_batch().targets.normalizer, positives as f32 + 1.0);
+    }
+
+    #[test]
+    fn every_augmentation_is_the_same_for_any_number_of_workers_and_changes_the_pixels() {
+        let dataset = dataset(6);
+        let batches = |workers, augment: AugmentConfig| -> Vec<Batch> {
+            let config = LoaderConfig {
+                batch_size: 4,
+                shard: Shard::WHOLE,
+                workers,
+                prefetch: 2,
+                mode: LoaderMode::Train { start_position: 3 },
+            };
+            let mut loader = start_augmented(&dataset, config, augment);
+            let mut batch = || Batch {
+                decode_us: 0,
+                prepare_us: 0,
+                assign_us: 0,
+                ..loader.next_batch().unwrap().unwrap()
+            };
+            (0..3).map(|_| batch()).collect()
+        };
+        let plain = AugmentConfig::default();
+        let everything = AugmentConfig {
+            policy: Some("v1".parse().unwrap()),
+            grid_mask: true,
+            hsv: [0.015, 0.7, 0.4],
+            mosaic: 0.5,
+            mixup: 0.5,
+            mosaic_until_pass: Some(1),
+        };
+        let expected = batches(0, everything.clone());
+        for workers in [1, 3] {
+            assert_eq!(batches(workers, everything.clone()), expected, "{workers}");
+        }
+        assert_ne!(batches(0, plain.clone()), expected);
+        let mosaics = AugmentConfig {
+            mosaic: 1.0,
+            mixup: 1.0,
+            mosaic_until_pass: Some(1),
+            ..plain.clone()
+        };
+        // Position 6 begins the second pass, where they have ended.
+        let (mixed, unmixed) = (batches(0, mosaics), batches(0, plain));
+        assert_ne!(mixed[0], unmixed[0]);
+        assert_eq!(mixed[1..], unmixed[1..]);
     }
 }

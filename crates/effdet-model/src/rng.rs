@@ -21,8 +21,16 @@ pub enum Purpose {
     DropConnect = 5,
     /// Rendering of one synthetic image.
     Synthetic = 6,
-    /// Further augmentation of one sample.
+    /// AutoAugment or RandAugment of one sample.
     Augment = 7,
+    /// Mosaic of one sample.
+    Mosaic = 8,
+    /// Mixup of one sample.
+    Mixup = 9,
+    /// GridMask of one sample.
+    GridMask = 10,
+    /// Hue, saturation and value of one sample.
+    Hsv = 11,
 }
 
 /// A stream of random numbers keyed by (seed, purpose, epoch, index).

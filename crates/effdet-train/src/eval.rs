@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use effdet_data::augment::AugmentConfig;
 use effdet_data::batch::Preparation;
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::decode::DecodeOptions;
@@ -28,6 +29,7 @@ pub const MAX_ENCODED_BYTES: u64 = 256 << 20;
 pub fn preparation(hparams: &HParams, label_map: &LabelMap, seed: u64) -> Preparation {
     Preparation {
         preprocess: PreprocessConfig::new(hparams),
+        augment: AugmentConfig::new(hparams),
         decode: DecodeOptions::default(),
         max_encoded_bytes: MAX_ENCODED_BYTES,
         label_map: label_map.clone(),

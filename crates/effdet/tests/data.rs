@@ -204,6 +204,7 @@ fn damaged_samples_stop_or_are_left_out_and_listed_within_a_cap() {
 
 #[test]
 fn images_are_drawn_on_a_sheet_and_a_page() {
+    let mut sheets = Vec::new();
     let scratch = Scratch::with_data();
     scratch.run(
         0,
@@ -217,6 +218,29 @@ fn images_are_drawn_on_a_sheet_and_a_page() {
     );
     let page = fs::read_to_string(scratch.path("page.html")).unwrap();
     assert!(page.contains("data:image/jpeg;base64,"));
+    for (pass, hparams) in [
+        (0, "mosaic=0.0"),
+        (
+            0,
+            "autoaugment_policy=v1,grid_mask=true,hsv_s=0.7,mosaic=1.0,mixup=1.0",
+        ),
+        (
+            1,
+            "autoaugment_policy=v1,grid_mask=true,hsv_s=0.7,mosaic=1.0,mixup=1.0",
+        ),
+    ] {
+        let sheet = |name: &str| {
+            let command = format!(
+                "data view --data shapes --augmented --pass {pass} --image-size 128 --hparams {hparams} --count 4 --tile 64 --output {name}"
+            );
+            scratch.run(0, &command);
+            std::fs::read(scratch.path(name)).unwrap()
+        };
+        let first = sheet("augmented.png");
+        assert_eq!(sheet("again.png"), first);
+        sheets.push(first);
+    }
+    assert!(sheets[0] != sheets[1] && sheets[1] != sheets[2]);
     let (_, message) = scratch.run(1, "data view --data shapes --category stern --output a.png");
     assert!(message.contains("circle, square"), "{message}");
 }

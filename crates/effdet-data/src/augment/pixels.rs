@@ -124,6 +124,31 @@ pub fn sharpness(image: &mut RgbImage, factor: f32) {
     }
 }
 
+/// Turns the hue by a part of a turn and multiplies saturation and value, both limited to 1.
+pub fn hsv(image: &mut RgbImage, hue_turns: f32, saturation_factor: f32, value_factor: f32) {
+    for pixel in image.pixels_mut() {
+        let [r, g, b] = pixel.0.map(|v| f32::from(v) / 255.0);
+        let (most, least) = (r.max(g).max(b), r.min(g).min(b));
+        let span = most - least;
+        let sixths = match span {
+            0.0 => 0.0,
+            _ if most == r => (g - b) / span,
+            _ if most == g => (b - r) / span + 2.0,
+            _ => (r - g) / span + 4.0,
+        };
+        let hue = (sixths + 6.0 * hue_turns).rem_euclid(6.0);
+        let saturation = if most == 0.0 { 0.0 } else { span / most };
+        let saturation = (saturation * saturation_factor).clamp(0.0, 1.0);
+        let value = (most * value_factor).clamp(0.0, 1.0);
+        // f(n) = V − V·S·max(0, min(k, 4 − k, 1)), k = (n + H/60°) mod 6, for n = 5, 3, 1.
+        pixel.0 = [5.0, 3.0, 1.0].map(|n| {
+            let k = (n + hue) % 6.0;
+            let part = k.min(4.0 - k).clamp(0.0, 1.0);
+            ((value - value * saturation * part) * 255.0).round() as u8
+        });
+    }
+}
+
 /// `trunc(255.5·(0.2989·r + 0.587·g + 0.114·b))` of values divided by 255.
 fn grey(pixel: Rgb<u8>) -> u8 {
     let [r, g, b] = pixel.0.map(|value| f32::from(value) * (1.0 / 255.0));
@@ -146,5 +171,29 @@ fn map(image: &mut RgbImage, f: impl Fn(u8) -> u8) {
 fn map_channel(image: &mut RgbImage, channel: usize, lut: &[u8; 256]) {
     for pixel in image.pixels_mut() {
         pixel.0[channel] = lut[usize::from(pixel.0[channel])];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hsv_without_change_is_the_identity_and_a_third_of_a_turn_rotates_the_channels() {
+        let source = RgbImage::from_fn(64, 64, |x, y| Rgb([(4 * x) as u8, (4 * y) as u8, (x * y) as u8]));
+        let mut image = source.clone();
+        hsv(&mut image, 0.0, 1.0, 1.0);
+        assert_eq!(image, source);
+        hsv(&mut image, 1.0 / 3.0, 1.0, 1.0);
+        for (turned, pixel) in image.pixels().zip(source.pixels()) {
+            let [r, g, b] = pixel.0;
+            assert!(turned.0.iter().zip([b, r, g]).all(|(&a, b)| a.abs_diff(b) <= 1));
+        }
+        hsv(&mut image, 0.0, 0.0, 0.5);
+        assert!(
+            image
+                .pixels()
+                .all(|pixel| pixel.0[0] == pixel.0[1] && pixel.0[0] <= 128)
+        );
     }
 }

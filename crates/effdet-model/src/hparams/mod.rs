@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 pub use self::presets::PRESETS;
 pub use self::types::{
-    ActType, AnchorScale, Aspect, FusionMethod, ImageSize, IouLossKind, LrDecay, NmsConfigs, NmsMethod,
-    OptimizerKind, Profile, ResizeRule, UpsampleRule,
+    ActType, AnchorScale, Aspect, AutoaugmentPolicy, FusionMethod, ImageSize, IouLossKind, LrDecay,
+    NmsConfigs, NmsMethod, OptimizerKind, Profile, ResizeRule, UpsampleRule,
 };
 
 /// Every hyper-parameter of a model and its training.
@@ -41,6 +41,30 @@ pub struct HParams {
     pub jitter_min: f64,
     /// Largest scale of the jitter.
     pub jitter_max: f64,
+    /// AutoAugment policy; none = off.
+    #[serde(default)]
+    pub autoaugment_policy: Option<AutoaugmentPolicy>,
+    /// GridMask.
+    #[serde(default)]
+    pub grid_mask: bool,
+    /// Largest change of hue in turns, as Ultralytics; 0 = off.
+    #[serde(default)]
+    pub hsv_h: f64,
+    /// Largest change of saturation as a fraction.
+    #[serde(default)]
+    pub hsv_s: f64,
+    /// Largest change of value as a fraction.
+    #[serde(default)]
+    pub hsv_v: f64,
+    /// Probability that four training images make one; 0 = off.
+    #[serde(default)]
+    pub mosaic: f64,
+    /// Probability that two training images are blended; 0 = off.
+    #[serde(default)]
+    pub mixup: f64,
+    /// Last epochs without mosaic and mixup.
+    #[serde(default)]
+    pub close_mosaic: f64,
     /// Mean subtracted by the loader, RGB, in units of `[0, 255]`.
     pub mean_rgb: [f64; 3],
     /// Deviation divided by in the loader, RGB, in units of `[0, 255]`.

@@ -197,6 +197,24 @@ names!(
 );
 
 names!(
+    /// Automatic augmentation of training images, after automl.
+    AutoaugmentPolicy, "autoaugment_policy" {
+        /// Learned policy of 5 sub-policies.
+        V0 = "v0",
+        /// `v0` and 15 more.
+        V1 = "v1",
+        /// 15 sub-policies of up to three operations.
+        V2 = "v2",
+        /// 15 sub-policies of two operations.
+        V3 = "v3",
+        /// Translation and equalisation, always.
+        Test = "test",
+        /// RandAugment: one operation of ten, magnitude 15.
+        Randaug = "randaug",
+    }
+);
+
+names!(
     /// Source index rule of image resizing.
     ResizeRule, "resize rule" {
         /// `src = i·in/out`, as TensorFlow 1.

@@ -75,6 +75,21 @@ impl HParams {
             &self.jitter_max,
             "needs 0 < jitter_min <= jitter_max",
         )?;
+        for (key, value) in [
+            ("hsv_h", self.hsv_h),
+            ("hsv_s", self.hsv_s),
+            ("hsv_v", self.hsv_v),
+            ("mosaic", self.mosaic),
+            ("mixup", self.mixup),
+        ] {
+            check((0.0..=1.0).contains(&value), key, &value, "must be in [0, 1]")?;
+        }
+        check(
+            self.close_mosaic.is_finite() && self.close_mosaic >= 0.0,
+            "close_mosaic",
+            &self.close_mosaic,
+            "must not be negative",
+        )?;
         check(
             self.stddev_rgb.iter().all(|&s| finite_positive(s)),
             "stddev_rgb",

@@ -196,10 +196,19 @@ pub struct DownloadArgs {
 #[command(after_help = "\
 Examples:
   effdet data view --data shape --split val --output sheet.png
-  effdet data view --data bccd --category WBC --count 24 --seed 1 --output wbc.html")]
+  effdet data view --data bccd --category WBC --count 24 --seed 1 --output wbc.html
+  effdet data view --data bccd --augmented --hparams autoaugment_policy=v2,mosaic=0.5 --output augmented.png")]
 pub struct ViewArgs {
     #[command(flatten)]
     pub source: SourceArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Show what training sees: augmented by --hparams, at the size of the network's input.
+    #[arg(long)]
+    pub augmented: bool,
+    /// Pass over the data set that --augmented shows.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "augmented")]
+    pub pass: u64,
     /// Split of --data.
     #[arg(long, value_name = "NAME", default_value = "train")]
     pub split: String,

@@ -6,15 +6,20 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
+use effdet_data::batch::{Preparation, SampleKey};
 use effdet_data::dataset::{DetectionDataset, Example};
 use effdet_data::decode::{DecodeOptions, decode_rgb};
 use effdet_data::text::printable;
-use effdet_model::label_map::CategoryId;
+use effdet_model::hparams::{HParams, ImageSize};
+use effdet_model::label_map::{CategoryId, ClassIndex, LabelMap};
 use effdet_model::rng::{Draws, Purpose};
+use effdet_train::eval::preparation;
 use image::imageops::{FilterType, overlay, resize};
 use image::{Rgb, RgbImage};
 
 use super::infer::write_jpeg;
+use super::model::resolve_hparams;
+use super::run_config::label_map_of;
 use super::sources::{self, Part};
 use crate::cli::{SourceArgs, ViewArgs};
 use crate::draw::{Annotation, draw};
@@ -51,8 +56,15 @@ pub fn run(args: &ViewArgs) -> Result<()> {
     let dataset = sources::require(&source, Part::Train)?;
     let chosen = choose(&dataset, args)?;
     let mut tiles = Vec::with_capacity(chosen.len());
-    for example in chosen {
-        let picture = stored(&dataset, example)?;
+    let augmenter = args
+        .augmented
+        .then(|| Augmenter::new(&dataset, args))
+        .transpose()?;
+    for index in chosen {
+        let picture = match &augmenter {
+            Some(augmenter) => augmenter.picture(&dataset, index, args.pass)?,
+            None => stored(&dataset, &dataset.examples[index])?,
+        };
         tiles.push((
             tile(picture.image, picture.annotations, args.tile),
             picture.caption,
@@ -73,8 +85,8 @@ pub fn run(args: &ViewArgs) -> Result<()> {
     Ok(())
 }
 
-/// Examples evenly over the data set, or at random.
-fn choose<'a>(dataset: &'a DetectionDataset, args: &ViewArgs) -> Result<Vec<&'a Example>> {
+/// Indices of examples evenly over the data set, or at random.
+fn choose(dataset: &DetectionDataset, args: &ViewArgs) -> Result<Vec<usize>> {
     let mut indices: Vec<usize> = (0..dataset.examples.len()).collect();
     if let Some(name) = &args.category {
         let id = category(dataset, name)?;
@@ -93,10 +105,8 @@ fn choose<'a>(dataset: &'a DetectionDataset, args: &ViewArgs) -> Result<Vec<&'a 
             .map(|index| indices[index * indices.len() / count])
             .collect();
     }
-    Ok(indices[..count]
-        .iter()
-        .map(|&index| &dataset.examples[index])
-        .collect())
+    indices.truncate(count);
+    Ok(indices)
 }
 
 fn category(dataset: &DetectionDataset, name: &str) -> Result<CategoryId> {
@@ -109,6 +119,62 @@ fn category(dataset: &DetectionDataset, name: &str) -> Result<CategoryId> {
             .collect();
         format!("--category {name:?}: there are {}", printable(&names.join(", ")))
     })
+}
+
+/// Shows samples as training sees them.
+struct Augmenter {
+    hparams: HParams,
+    label_map: LabelMap,
+    preparation: Preparation,
+}
+
+impl Augmenter {
+    fn new(dataset: &DetectionDataset, args: &ViewArgs) -> Result<Self> {
+        let hparams = resolve_hparams(&args.model, "d0")?;
+        let label_map = label_map_of(dataset)?;
+        let preparation = preparation(&hparams, &label_map, args.seed.unwrap_or(0));
+        Ok(Self {
+            hparams,
+            label_map,
+            preparation,
+        })
+    }
+
+    /// One sample of a pass; pixels are taken back from their normalised values.
+    fn picture(&self, dataset: &DetectionDataset, index: usize, pass: u64) -> Result<Picture> {
+        let key = SampleKey {
+            pass,
+            index: index as u64,
+        };
+        let view = self.preparation.training_view(&dataset.examples, key)?;
+        let ImageSize { height, width } = self.hparams.image_size;
+        let image = RgbImage::from_fn(width as u32, height as u32, |x, y| {
+            let at = (y as usize * width + x as usize) * 3;
+            Rgb(std::array::from_fn(|channel| {
+                let value = f64::from(view.pixels[at + channel]) * self.hparams.stddev_rgb[channel];
+                (value + self.hparams.mean_rgb[channel]).round() as u8
+            }))
+        });
+        let annotation = |(&box_yxyx_px, &class): (&[f32; 4], &i32)| {
+            let class = ClassIndex(class as u32);
+            Annotation {
+                box_yxyx_px,
+                label: printable(self.label_map.class_name(class).unwrap_or("?")).to_string(),
+                category: self.label_map.category_id(class).map_or(0, |id| id.0),
+            }
+        };
+        let example = &dataset.examples[index];
+        Ok(Picture {
+            annotations: view
+                .boxes_yxyx_px
+                .iter()
+                .zip(&view.classes)
+                .map(annotation)
+                .collect(),
+            caption: format!("{} (id {}), pass {pass}", example.file_name, example.image_id),
+            image,
+        })
+    }
 }
 
 /// The image as it is stored, with its boxes.
