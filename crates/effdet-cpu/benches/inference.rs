@@ -25,7 +25,16 @@ fn main() {
     let network = Arc::new(Network::new(&HParams::preset(preset).unwrap()).unwrap());
     let weights = Weights::init(&network.variables, 0);
     let clock = Instant::now();
-    let mut plan = InferencePlan::new(Arc::clone(&network), &weights, CpuOptions { threads, isa }).unwrap();
+    let mut plan = InferencePlan::new(
+        Arc::clone(&network),
+        &weights,
+        CpuOptions {
+            threads,
+            isa,
+            ..CpuOptions::default()
+        },
+    )
+    .unwrap();
     println!(
         "{preset}, {threads} threads, {}, made in {:.1} ms, {:?}",
         plan.isa(),

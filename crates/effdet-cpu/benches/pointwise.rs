@@ -113,7 +113,7 @@ fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, ou
 
     let forward_time = best(|| {
         let input = match role {
-            Role::Expand => Input::Normalized {
+            Role::Expand => FullInput::Normalized {
                 raw: &raw,
                 scale,
                 shift,
@@ -121,7 +121,7 @@ fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, ou
                 x: &mut x,
             },
             Role::Project => Input::Activated(activated),
-            Role::Head => Input::Plain(&x),
+            Role::Head => FullInput::Plain(&x),
         };
         let head = role == Role::Head;
         let args = Forward {
@@ -138,7 +138,7 @@ fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, ou
     });
     let backward_time = best(|| {
         let output_gradient = match role {
-            Role::Head => OutputGradient::Plain { dy: &dz, stride },
+            Role::Head => FullGradient::Plain { dy: &dz, stride },
             Role::Expand | Role::Project => {
                 let vectors = ChannelVectors::per_group(above);
                 OutputGradient::Normalized {

@@ -1,10 +1,10 @@
-//! Forward, losses and backward of one training step: `cargo bench -p effdet-cpu --bench train_step -- [model] [size] [batch] [threads] [isa] [steps]`.
+//! Forward, losses and backward of one training step: `cargo bench -p effdet-cpu --bench train_step -- [model] [size] [batch] [threads] [isa] [steps] [precision]`.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
-use effdet_model::engine::{Engine, HeadOutputs, ImageBatch, StepOptions, Targets, TrainBatch};
+use effdet_model::engine::{Engine, HeadOutputs, ImageBatch, Precision, StepOptions, Targets, TrainBatch};
 use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::network::Network;
 use effdet_model::rng::{Draws, Purpose};
@@ -20,7 +20,17 @@ fn main() {
     let (batch, threads, steps) = (number(2, "4"), number(3, "2"), number(5, "5"));
     let isa = args.get(4).map(|isa| isa.parse().unwrap());
     let network = Arc::new(Network::new(&hparams).unwrap());
-    let mut engine = CpuEngine::new(Arc::clone(&network), CpuOptions { threads, isa }).unwrap();
+    let options = CpuOptions {
+        threads,
+        isa,
+        precision: arg(6, "fp32").parse().unwrap(),
+    };
+    let loss_scale = if options.precision == Precision::Fp16 {
+        32_768.0
+    } else {
+        1.0
+    };
+    let mut engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
     let mut weights = Weights::init(&network.variables, 1);
     let mut draws = Draws::new(1, Purpose::Synthetic, 0, 0);
     let ImageSize { height, width } = hparams.image_size;
@@ -59,13 +69,17 @@ fn main() {
         targets,
         draw_keys: &keys,
     };
+    let step = StepOptions {
+        loss_scale,
+        ..StepOptions::default()
+    };
     let mut gradients = vec![0.0; weights.trainable.len()];
     let mut outputs = HeadOutputs::default();
     let mut times: [Vec<f64>; 2] = Default::default();
     for _ in 0..=steps {
         let clock = Instant::now();
         engine
-            .train_step(&mut weights, &train, &StepOptions::default(), &mut gradients)
+            .train_step(&mut weights, &train, &step, &mut gradients)
             .unwrap();
         times[0].push(clock.elapsed().as_secs_f64());
     }

@@ -13,3 +13,4 @@ pub mod probe;
 pub mod reference;
 pub mod simd;
 pub mod stochastic_depth;
+pub mod storage;

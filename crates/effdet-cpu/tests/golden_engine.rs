@@ -9,9 +9,9 @@ use std::sync::Arc;
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::reference::ReferenceEngine;
 use effdet_cpu::simd::Isa;
-use effdet_model::engine::{Engine, StepLosses, StepOptions, Targets, TrainBatch};
+use effdet_model::engine::{Engine, Precision, StepLosses, StepOptions, Targets, TrainBatch};
 use effdet_model::hparams::{ActType, HParams, ImageSize, IouLossKind};
-use effdet_model::network::Network;
+use effdet_model::network::{Network, VariableKind};
 use effdet_model::weights::Weights;
 
 fn fast_engine(network: Arc<Network>) -> CpuEngine {
@@ -20,6 +20,7 @@ fn fast_engine(network: Arc<Network>) -> CpuEngine {
         CpuOptions {
             threads: 2,
             isa: None,
+            ..CpuOptions::default()
         },
     )
     .unwrap()
@@ -91,7 +92,7 @@ fn step(network: &Arc<Network>, options: CpuOptions) -> Step {
                 &StepOptions {
                     seed: 5,
                     epoch,
-                    sync: None,
+                    ..StepOptions::default()
                 },
                 &mut gradients,
             )
@@ -118,25 +119,25 @@ fn odd_network(preset: &str) -> Arc<Network> {
 
 #[test]
 fn training_gives_the_same_bits_on_every_instruction_set() {
-    for preset in ["d0", "lite0"] {
+    for (preset, precision) in [
+        ("d0", Precision::Fp32),
+        ("lite0", Precision::Fp32),
+        ("d0", Precision::Fp16),
+        ("lite0", Precision::Bf16),
+    ] {
         let network = odd_network(preset);
-        let expected = step(
-            &network,
-            CpuOptions {
+        let run = |isa| {
+            let options = CpuOptions {
                 threads: 2,
-                isa: Some(Isa::Portable),
-            },
-        );
+                isa: Some(isa),
+                precision,
+            };
+            step(&network, options)
+        };
+        let expected = run(Isa::Portable);
         assert!(expected.gradients.iter().all(|g| g.is_finite()));
         for isa in Isa::available() {
-            let got = step(
-                &network,
-                CpuOptions {
-                    threads: 2,
-                    isa: Some(isa),
-                },
-            );
-            assert!(got == expected, "{preset} on {isa}");
+            assert!(run(isa) == expected, "{preset} in {precision} on {isa}");
         }
     }
 }
@@ -144,19 +145,75 @@ fn training_gives_the_same_bits_on_every_instruction_set() {
 #[test]
 fn training_gives_the_same_bits_with_any_number_of_threads() {
     let network = odd_network("d0");
-    let expected = step(
-        &network,
-        CpuOptions {
-            threads: 1,
-            isa: None,
-        },
-    );
-    for threads in [2, 3, 5] {
-        assert!(
-            step(&network, CpuOptions { threads, isa: None }) == expected,
-            "{threads} threads"
-        );
+    for precision in [Precision::Fp32, Precision::Fp16, Precision::Bf16] {
+        let run = |threads| {
+            let options = CpuOptions {
+                threads,
+                isa: None,
+                precision,
+            };
+            step(&network, options)
+        };
+        let expected = run(1);
+        for threads in [2, 3, 5] {
+            assert!(run(threads) == expected, "{threads} threads in {precision}");
+        }
     }
+}
+
+/// Distances of gradients from float64: of all together, and the median over the variables.
+fn gradient_errors(network: &Network, got: &[f32], expected: &[f32]) -> (f64, f64) {
+    let distance = |range: std::ops::Range<usize>| {
+        let pairs = || got[range.clone()].iter().zip(&expected[range.clone()]);
+        let size: f64 = pairs().map(|(_, &e)| f64::from(e).powi(2)).sum();
+        let off: f64 = pairs()
+            .map(|(&g, &e)| (f64::from(g) - f64::from(e)).powi(2))
+            .sum();
+        (off / size).sqrt()
+    };
+    let mut each: Vec<f64> = (network.variables.iter())
+        .filter(|v| v.kind == VariableKind::Trainable)
+        .map(|v| distance(v.range()))
+        .filter(|d| d.is_finite())
+        .collect();
+    each.sort_by(f64::total_cmp);
+    (distance(0..got.len()), each[each.len() / 2])
+}
+
+/// Halves cost three to four of seven digits; what they may cost is bounded here, with figures measured twice as good.
+#[test]
+fn gradients_in_half_precision_stay_near_float64() {
+    let mut hparams = HParams::preset("d0").unwrap();
+    hparams.image_size = ImageSize::square(128);
+    let network = Arc::new(Network::new(&hparams).unwrap());
+    let mut reference = ReferenceEngine::<f64>::new(Arc::clone(&network)).unwrap();
+    let (_, expected) = one_step(&network, &mut reference);
+    for (precision, most, most_median) in [
+        (Precision::Fp32, 5e-4, 5e-4),
+        (Precision::Fp16, 0.05, 0.05),
+        (Precision::Bf16, 0.05, 0.05),
+    ] {
+        let options = CpuOptions {
+            precision,
+            ..CpuOptions::default()
+        };
+        let mut engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
+        let (_, got) = one_step(&network, &mut engine);
+        let (all, median) = gradient_errors(&network, &got, &expected);
+        println!("{precision}: gradient distance {all:.1e}, median over variables {median:.1e}");
+        assert!(all < most && median < most_median, "{precision}: {all}, {median}");
+    }
+}
+
+#[test]
+fn a_loss_scale_multiplies_the_gradients_and_nothing_else() {
+    let network = odd_network("lite0");
+    let mut results = [1.0, 1024.0].map(|loss_scale| {
+        let mut engine = fast_engine(Arc::clone(&network));
+        scaled_step(&network, &mut engine, loss_scale)
+    });
+    results[1].1.iter_mut().for_each(|gradient| *gradient /= 1024.0);
+    assert!(results[0] == results[1]);
 }
 
 #[test]
@@ -233,7 +290,15 @@ fn iou_losses_agree_with_the_reference_in_float64() {
     }
 }
 
+/// Losses and gradients of a step, scaled as float16 needs it on the way.
 fn one_step(network: &Arc<Network>, engine: &mut dyn Engine) -> (StepLosses, Vec<f32>) {
+    let loss_scale = 1024.0;
+    let (losses, mut gradients) = scaled_step(network, engine, loss_scale);
+    gradients.iter_mut().for_each(|gradient| *gradient /= loss_scale);
+    (losses, gradients)
+}
+
+fn scaled_step(network: &Arc<Network>, engine: &mut dyn Engine, loss_scale: f32) -> (StepLosses, Vec<f32>) {
     let mut weights = common::golden::weights(network);
     let size = network.hparams.image_size;
     let pixels: Vec<f32> = (0..2 * size.height * size.width * 3)
@@ -269,8 +334,12 @@ fn one_step(network: &Arc<Network>, engine: &mut dyn Engine) -> (StepLosses, Vec
         draw_keys: &[1, 2],
     };
     let mut gradients = vec![0.0; weights.trainable.len()];
+    let options = StepOptions {
+        loss_scale,
+        ..StepOptions::default()
+    };
     let losses = engine
-        .train_step(&mut weights, &train, &StepOptions::default(), &mut gradients)
+        .train_step(&mut weights, &train, &options, &mut gradients)
         .unwrap();
     (losses, gradients)
 }

@@ -3,7 +3,11 @@
 //! An engine is coarse: it takes a batch and gives losses and gradients, or takes images and gives head outputs. It speaks of
 //! batches, flat parameter buffers and named outputs, so a GPU engine can stand behind the same trait.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::mpsc::Sender;
+
+use serde::{Deserialize, Serialize};
 
 use crate::weights::Weights;
 
@@ -55,7 +59,7 @@ pub trait SumOverRanks: std::fmt::Debug {
 }
 
 /// What a step may vary beside its batch.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct StepOptions<'a> {
     /// Seed of the run.
     pub seed: u64,
@@ -63,6 +67,68 @@ pub struct StepOptions<'a> {
     pub epoch: u64,
     /// Batch norm takes its statistics over the batches of all ranks; none = over this batch.
     pub sync: Option<&'a dyn SumOverRanks>,
+    /// Factor of all gradients, those handed out included, which keeps small ones from vanishing in half precision; losses
+    /// are handed out without it. A power of two changes no bit of a gradient in f32 but its exponent.
+    pub loss_scale: f32,
+}
+
+impl Default for StepOptions<'_> {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            epoch: 0,
+            sync: None,
+            loss_scale: 1.0,
+        }
+    }
+}
+
+/// How an engine stores the large tensors of a training step. Parameters, batch-norm statistics and sums are f32 or better
+/// in all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As float32.
+    #[default]
+    Fp32,
+    /// As float16; gradients need a loss scale.
+    Fp16,
+    /// Gradients as bfloat16, which has the range of float32.
+    Bf16,
+}
+
+impl Precision {
+    const ALL: [Self; 3] = [Self::Fp32, Self::Fp16, Self::Bf16];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is no precision.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown precision {0:?}: use fp32, fp16 or bf16")]
+pub struct UnknownPrecision(String);
+
+impl FromStr for Precision {
+    type Err = UnknownPrecision;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPrecision> {
+        Self::ALL
+            .into_iter()
+            .find(|precision| precision.name() == name)
+            .ok_or_else(|| UnknownPrecision(name.to_owned()))
+    }
 }
 
 /// Losses of one step, without the L2 term (the trainer adds that, it needs no engine).
@@ -154,7 +220,7 @@ pub trait Engine: Send {
     /// Runs forward, losses and backward on one batch.
     ///
     /// Reads `weights.trainable`, updates the moving statistics in `weights.statistics` and overwrites `gradients` with
-    /// ∂det_loss/∂trainable (no L2 term).
+    /// loss_scale·∂det_loss/∂trainable (no L2 term).
     ///
     /// # Shapes
     /// `gradients`: as `weights.trainable`.

@@ -41,6 +41,17 @@ pub enum Event<'a> {
         /// Its directory.
         path: &'a std::path::Path,
     },
+    /// The loss scale changed: it doubled after many clean steps, or gradients overflowed and the update was skipped.
+    LossScaled {
+        /// Steps done.
+        step: u64,
+        /// From the next step on.
+        scale: f32,
+        /// Until then.
+        before: f32,
+        /// Updates skipped since the start of training.
+        skipped_steps: u64,
+    },
     /// Something worth knowing.
     Warning(String),
     /// After the last step.
@@ -79,6 +90,8 @@ pub struct StepRecord {
     pub gradient_norm: f32,
     /// Gradient norm before clipping.
     pub raw_gradient_norm: f32,
+    /// Factor of the gradients on their way through the network; 1 without loss scaling.
+    pub loss_scale: f32,
     /// Seconds of the whole step, data included.
     pub seconds: f64,
     /// Seconds spent waiting for data.

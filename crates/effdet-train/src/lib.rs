@@ -5,6 +5,7 @@ pub mod error;
 pub mod eval;
 pub mod events;
 pub mod guard;
+pub mod loss_scale;
 pub mod modes;
 pub mod optimizer;
 mod ranks;

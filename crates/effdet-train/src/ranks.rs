@@ -4,13 +4,22 @@ use std::cell::RefCell;
 use std::sync::mpsc;
 use std::thread;
 
+use effdet_ckpt::LossScaleState;
 use effdet_dist::{DistError, ProcessGroup, Wire};
 use effdet_metrics::DetectionRow;
 use effdet_model::engine::{Engine, StepLosses, StepOptions, SumOverRanks, TrainBatch};
 use effdet_model::weights::Weights;
 
 use crate::error::TrainError;
+use crate::loss_scale::LossScale;
 use crate::trainer::TrainState;
+
+/// What is sent where there is no loss scaling.
+const NO_SCALING: LossScaleState = LossScaleState {
+    scale: 1.0,
+    clean_steps: 0,
+    skipped_steps: 0,
+};
 
 /// Gives every rank the state of rank 0.
 ///
@@ -20,6 +29,7 @@ pub fn broadcast_state(group: &dyn ProcessGroup, state: &mut TrainState) -> Resu
     if group.size() == 1 {
         return Ok(());
     }
+    let scaling = state.loss_scale.map_or(NO_SCALING, LossScaleState::from);
     let mut words = [
         state.step,
         state.sample_position,
@@ -27,12 +37,33 @@ pub fn broadcast_state(group: &dyn ProcessGroup, state: &mut TrainState) -> Resu
         u64::from(state.best.is_some()),
         state.best.unwrap_or_default().to_bits(),
         u64::from(state.evaluation_due),
+        u64::from(state.loss_scale.is_some()),
+        u64::from(scaling.scale.to_bits()),
+        scaling.clean_steps,
+        scaling.skipped_steps,
     ];
     group.broadcast(bytemuck::cast_slice_mut(&mut words), 0)?;
-    let [step, sample_position, stale, has_best, best, due] = words;
+    let [
+        step,
+        sample_position,
+        stale,
+        has_best,
+        best,
+        due,
+        has_scaling,
+        scale,
+        clean_steps,
+        skipped_steps,
+    ] = words;
     state.evaluation_due = due != 0;
     (state.step, state.sample_position, state.stale) = (step, sample_position, stale);
     state.best = (has_best != 0).then(|| f64::from_bits(best));
+    let scaling = LossScaleState {
+        scale: f32::from_bits(scale as u32),
+        clean_steps,
+        skipped_steps,
+    };
+    state.loss_scale = (has_scaling != 0).then(|| LossScale::from(scaling));
     for weights in std::iter::once(&mut state.weights).chain(&mut state.average) {
         group.broadcast_f32(&mut weights.trainable, 0)?;
         group.broadcast_f32(&mut weights.statistics, 0)?;
@@ -73,11 +104,21 @@ pub fn train_step_on_ranks(
     reduction: Reduction<'_>,
 ) -> Result<StepLosses, TrainError> {
     let (sender, finished) = mpsc::channel::<&mut [f32]>();
-    let &StepOptions { seed, epoch, .. } = options;
+    let &StepOptions {
+        seed,
+        epoch,
+        loss_scale,
+        ..
+    } = options;
     thread::scope(|scope| {
         let step = scope.spawn(move || {
             let sync = None;
-            let options = StepOptions { seed, epoch, sync };
+            let options = StepOptions {
+                seed,
+                epoch,
+                sync,
+                loss_scale,
+            };
             engine.train_step_in_parts(weights, batch, &options, gradients, sender)
         });
         for part in finished {

@@ -31,6 +31,7 @@ fn three_updates_are_those_of_the_reference() {
     let options = CpuOptions {
         threads: 2,
         isa: None,
+        ..CpuOptions::default()
     };
     let mut engine = CpuEngine::new(network.clone().into(), options).unwrap();
     let labels = labels(&Anchors::new(&AnchorConfig::from(&hparams)).unwrap());

@@ -56,6 +56,7 @@ fn train(group: &dyn ProcessGroup, batch_size: usize, sync_bn: bool) -> (Vec<Ste
         keep_last: 1,
         rule: EvaluationRule::Never,
         early_stop: None,
+        precision: effdet_model::engine::Precision::Fp32,
         seed: 3,
         workers: 0,
         use_fake_data: false,

@@ -11,8 +11,8 @@ use effdet_data::synthetic::{self, CLASS_NAMES, SyntheticConfig};
 use effdet_dist::threads::run_ranks;
 use effdet_dist::{ProcessGroup, SingleProcess};
 use effdet_model::engine::{
-    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, StepLosses, StepOptions, TraceSink,
-    TrainBatch,
+    Engine, EngineError, HeadOutputs, ImageBatch, LevelOutput, Mode, Precision, StepLosses, StepOptions,
+    TraceSink, TrainBatch,
 };
 use effdet_model::hparams::{HParams, ImageSize, OptimizerKind};
 use effdet_model::label_map::LabelMap;
@@ -39,6 +39,8 @@ struct LinearModel {
     nan_from: Option<usize>,
     /// Where the gradient is no number as well.
     nan_in_gradient: bool,
+    /// Loss scale above which gradients are no numbers.
+    overflows_above: Option<f32>,
     anchors_per_cell: usize,
 }
 
@@ -47,7 +49,7 @@ impl Engine for LinearModel {
         &mut self,
         weights: &mut Weights,
         batch: &TrainBatch<'_>,
-        _: &StepOptions<'_>,
+        options: &StepOptions<'_>,
         gradients: &mut [f32],
     ) -> Result<StepLosses, EngineError> {
         self.calls += 1;
@@ -62,11 +64,14 @@ impl Engine for LinearModel {
             let error = (0..3).map(|i| w[100 * i] * x[i]).sum::<f32>() - 1.0;
             loss += share * 0.5 * error * error;
             for i in 0..3 {
-                gradients[100 * i] += share * error * x[i];
+                gradients[100 * i] += options.loss_scale * share * error * x[i];
             }
             for statistic in weights.statistics.iter_mut().take(3) {
                 *statistic = 0.9 * *statistic + 0.1 * x[0];
             }
+        }
+        if self.overflows_above.is_some_and(|most| options.loss_scale > most) {
+            gradients[200] = f32::INFINITY;
         }
         if self.nan_at == Some(self.calls) {
             match self.nan_in_gradient {
@@ -141,6 +146,15 @@ impl EventSink for StopAfter {
             Event::Saved { step, .. } => self.heard.push(format!("saved {step}")),
             Event::Evaluated { step, .. } => self.heard.push(format!("evaluated {step}")),
             Event::Finished { step, .. } => self.heard.push(format!("finished {step}")),
+            Event::LossScaled {
+                step,
+                scale,
+                skipped_steps,
+                ..
+            } => {
+                self.heard
+                    .push(format!("scale {scale} after {step}, {skipped_steps} skipped"));
+            }
             Event::Evaluating { .. } if self.stop_in_evaluation => {
                 self.requests.stop.store(true, Ordering::Relaxed);
             }
@@ -195,6 +209,7 @@ impl Scene {
                 keep_last: 2,
                 rule: EvaluationRule::Never,
                 early_stop: None,
+                precision: Precision::Fp32,
                 seed: 5,
                 workers: 0,
                 use_fake_data: false,
@@ -324,6 +339,72 @@ fn a_run_cut_at_any_step_ends_with_the_bits_of_an_uninterrupted_one() {
 #[test]
 fn the_same_holds_for_adam() {
     a_cut_run_equals_a_whole_one(|h| h.optimizer = OptimizerKind::Adam, &[4]);
+}
+
+#[test]
+fn a_loss_scale_that_overflows_nothing_leaves_the_bits_alone() {
+    let mut plain = Scene::new(|_| ());
+    let mut scaled = Scene::new(|_| ());
+    scaled.config.precision = Precision::Fp16;
+    let (mut a, mut b) = (plain.start(), scaled.start());
+    plain.run(&mut a, u64::MAX).0.unwrap();
+    scaled.run(&mut b, u64::MAX).0.unwrap();
+    assert_eq!(a.weights, b.weights);
+    assert_eq!(a.average, b.average);
+    let saved = scaled.latest().state.loss_scale.unwrap();
+    assert_eq!(
+        (saved.scale, saved.clean_steps, saved.skipped_steps),
+        (32_768.0, 6, 0)
+    );
+    assert!(plain.latest().state.loss_scale.is_none());
+}
+
+#[test]
+fn overflowing_updates_are_skipped_count_as_steps_and_halve_the_scale() {
+    let mut scene = Scene::new(|_| ());
+    scene.config.precision = Precision::Fp16;
+    scene.engine.overflows_above = Some(8_192.0);
+    let mut state = scene.start();
+    let start = state.clone();
+    let (_, heard) = scene.run(&mut state, 2);
+    assert_eq!(state.weights, start.weights);
+    assert_eq!(state.average, start.average);
+    assert_eq!(state.optimizer, start.optimizer);
+    assert_eq!((state.step, state.sample_position), (2, 8));
+    assert!(
+        heard.contains(&"scale 16384 after 1, 1 skipped".to_owned()),
+        "{heard:?}"
+    );
+    assert!(
+        heard.contains(&"scale 8192 after 2, 2 skipped".to_owned()),
+        "{heard:?}"
+    );
+
+    let mut resumed = TrainState::from_checkpoint(&scene.network, scene.latest()).unwrap();
+    assert_eq!(resumed, state);
+    scene.run(&mut resumed, u64::MAX).0.unwrap();
+    let mut whole = Scene::new(|_| ());
+    whole.config.precision = Precision::Fp16;
+    whole.engine.overflows_above = Some(8_192.0);
+    let mut expected = whole.start();
+    whole.run(&mut expected, u64::MAX).0.unwrap();
+    assert_eq!(resumed, expected);
+    assert_ne!(expected.weights, start.weights);
+    let scale = expected.loss_scale.unwrap();
+    assert_eq!((scale.scale(), scale.skipped_steps()), (8_192.0, 2));
+}
+
+#[test]
+fn gradients_that_overflow_at_every_scale_end_the_run() {
+    let mut scene = Scene::new(|h| h.num_epochs = 10.0);
+    scene.config.precision = Precision::Fp16;
+    scene.engine.overflows_above = Some(0.5);
+    let mut state = scene.start();
+    let error = scene.run(&mut state, u64::MAX).0.unwrap_err();
+    assert!(
+        matches!(&error, TrainError::NonFinite { found, .. } if found.step == 15),
+        "{error}"
+    );
 }
 
 #[test]

@@ -14,44 +14,45 @@ use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, Affine, Source};
 use crate::kernels::pointwise::{
-    self, Activated, Backward, BackwardActivated, ChannelVectors, Forward, GradientSums, Input,
+    self, Activated, Backward, BackwardActivated, ChannelVectors, Forward, FullInput, GradientSums, Input,
     InputGradient, OutputGradient, PackedWeights, Packing, RowPlan, Segment, WeightGradient,
 };
 use crate::kernels::{se, stem};
 use crate::math::Act;
+use crate::storage::{Full, Storage, Stored};
 
 /// The backbone with its buffers for one batch size.
 #[derive(Debug)]
-pub(super) struct Backbone {
+pub(super) struct Backbone<P: Storage> {
     images: usize,
     /// Whether every block keeps y₁ and y₂ for a backward pass.
     keeps: bool,
     act: Act,
-    stem: StemState,
-    blocks: Vec<BlockState>,
+    stem: StemState<P>,
+    blocks: Vec<BlockState<P>>,
     /// Block that gives each backbone level.
     levels: Vec<usize>,
     /// Output of the last block.
     last: AlignedBuf,
     /// y₁ and y₂ of the block at hand, where blocks keep nothing for a backward pass.
-    wide: [AlignedBuf; 2],
+    wide: [AlignedBuf<P::Activation>; 2],
 }
 
 #[derive(Debug)]
-struct StemState {
+struct StemState<P: Storage> {
     layer: Stem,
-    y: AlignedBuf,
+    y: AlignedBuf<P::Activation>,
     bn: BatchNormState,
 }
 
 #[derive(Debug)]
-struct BlockState {
+struct BlockState<P: Storage> {
     layer: MbConv,
     images: usize,
     /// Block input; empty in the first block, which reads the stem's raw output.
     x: AlignedBuf,
-    expand: Option<Expand>,
-    y2: AlignedBuf,
+    expand: Option<Expand<P>>,
+    y2: AlignedBuf<P::Activation>,
     bn2: BatchNormState,
     squeeze: Option<Squeeze>,
     depthwise: DepthwisePlan,
@@ -62,17 +63,17 @@ struct BlockState {
     /// Gradient by the block's output.
     output_gradient: AlignedBuf,
     /// dA, the gradient by the input of the projection.
-    da: AlignedBuf,
-    /// Gradient by batch norm's output in front of the depthwise convolution.
-    dz: AlignedBuf,
+    da: AlignedBuf<P::Gradient>,
+    /// Gradient by batch norm's output in front of the depthwise convolution; empty where that reads the block's input.
+    dz: AlignedBuf<P::Gradient>,
     /// Scale and shift of the residual branch per image, where stochastic depth applies.
     branch: Option<Branch>,
 }
 
 #[derive(Debug)]
-struct Expand {
+struct Expand<P: Storage> {
     weights: PackedWeights,
-    y1: AlignedBuf,
+    y1: AlignedBuf<P::Activation>,
     bn1: BatchNormState,
     rows: RowPlan,
 }
@@ -93,7 +94,7 @@ struct Branch {
     shift: Vec<f32>,
 }
 
-impl BlockState {
+impl<P: Storage> BlockState<P> {
     fn new(layer: &MbConv, index: usize, context: &mut BuildContext<'_>) -> Self {
         let (images, training, timeline) = (context.images, context.training, context.timeline);
         let (input, output) = (layer.input.cells() * images, layer.output.cells() * images);
@@ -101,11 +102,6 @@ impl BlockState {
         let in_channels = layer.expand.map_or(wide, |(conv, _)| conv.in_channels);
         let (forward, backward) = (Step::Block(index), Step::BlockBackward(index));
         let kept_steps = timeline.span(forward, backward);
-        let mut buffer = |owner, len: usize, lifetime| {
-            context
-                .memory
-                .buffer(owner, if training { len } else { 0 }, lifetime)
-        };
         // The gradient by the first block's input is the stem's.
         let dz_steps = match index {
             0 => timeline.span(backward, Step::StemBackward),
@@ -115,17 +111,20 @@ impl BlockState {
             true => timeline.during(backward),
             false => timeline.span(Step::BlockBackward(index + 1), backward),
         };
-        let y1_len = if layer.expand.is_some() { input * wide } else { 0 };
-        let y1 = buffer("backbone: wide activations", y1_len, kept_steps);
-        let y2 = buffer("backbone: wide activations", output * wide, kept_steps);
-        let da = buffer(
-            "backbone: wide gradients",
-            output * wide,
-            timeline.during(backward),
-        );
-        let dz = buffer("backbone: wide gradients", input * wide, dz_steps);
+        let kept = |len: usize| if training { len } else { 0 };
+        let (y1_len, dz_len) = match (layer.expand, index) {
+            (Some(_), _) => (input * wide, input * wide),
+            (None, 0) => (0, input * wide),
+            (None, _) => (0, 0),
+        };
+        let memory = &mut *context.memory;
+        let y1 = memory.buffer("backbone: wide activations", kept(y1_len), kept_steps);
+        let y2 = memory.buffer("backbone: wide activations", kept(output * wide), kept_steps);
+        let da_steps = timeline.during(backward);
+        let da = memory.buffer("backbone: wide gradients", kept(output * wide), da_steps);
+        let dz = memory.buffer("backbone: wide gradients", kept(dz_len), dz_steps);
         let narrow = output * layer.project.out_channels;
-        let output_gradient = buffer("backbone: narrow gradients", narrow, gradient_steps);
+        let output_gradient = memory.buffer("backbone: narrow gradients", kept(narrow), gradient_steps);
         let x_len = if index > 0 { input * in_channels } else { 0 };
         let mut always = |len| {
             context
@@ -190,7 +189,7 @@ impl BlockState {
     }
 }
 
-impl Backbone {
+impl<P: Storage> Backbone<P> {
     pub(super) fn new(network: &Network, act: Act, context: &mut BuildContext<'_>) -> Self {
         let (images, training, timeline) = (context.images, context.training, context.timeline);
         let stem_len = images * network.stem.output.cells() * network.stem.conv.out_channels;
@@ -200,7 +199,7 @@ impl Backbone {
             y: (context.memory).buffer("backbone: wide activations", stem_len, stem_steps),
             bn: BatchNormState::new(&[network.stem.bn]),
         };
-        let blocks: Vec<BlockState> = (network.blocks.iter().enumerate())
+        let blocks: Vec<BlockState<P>> = (network.blocks.iter().enumerate())
             .map(|(index, block)| BlockState::new(block, index, context))
             .collect();
         let wide = |size: &dyn Fn(&MbConv) -> usize| {
@@ -235,22 +234,9 @@ impl Backbone {
         }
     }
 
-    /// Writes the activated output of the stem.
-    pub(super) fn write_stem(&self, pass: &Pass<'_>, out: &mut [f32]) {
-        let args = Activate {
-            rows: &RowPlan::images(self.images, self.stem.layer.output.cells()),
-            channels: self.stem.layer.conv.out_channels,
-            source: self.stem.output(self.act),
-            gain: None,
-            residual: None,
-            out,
-        };
-        elementwise::activate(pass.executor, args);
-    }
-
-    /// Output of a backbone level, finest first.
-    pub(super) fn level_output(&self, level: usize) -> &[f32] {
-        self.output(self.levels[level])
+    /// Outputs of the backbone levels, finest first.
+    pub(super) fn level_outputs(&self) -> Vec<&[f32]> {
+        self.levels.iter().map(|&level| self.output(level)).collect()
     }
 
     /// Packs the weights of all pointwise convolutions.
@@ -266,7 +252,7 @@ impl Backbone {
     }
 }
 
-impl Backbone {
+impl<P: Storage> Backbone<P> {
     /// Adds what every convolution needs beside its buffers.
     pub(super) fn count(&self, estimate: &mut Beside) {
         for block in &self.blocks {
@@ -279,8 +265,23 @@ impl Backbone {
     }
 }
 
+impl Backbone<Full> {
+    /// Writes the activated output of the stem.
+    pub(super) fn write_stem(&self, pass: &Pass<'_>, out: &mut [f32]) {
+        let args = Activate {
+            rows: &RowPlan::images(self.images, self.stem.layer.output.cells()),
+            channels: self.stem.layer.conv.out_channels,
+            source: self.stem.output(self.act),
+            gain: None,
+            residual: None,
+            out,
+        };
+        elementwise::activate(pass.executor, args);
+    }
+}
+
 /// Forward.
-impl Backbone {
+impl<P: Storage> Backbone<P> {
     pub(super) fn forward(&mut self, pass: &mut Pass<'_>, pixels: &[f32]) {
         pass.enter(Step::Stem);
         self.stem.forward(pass, self.images, pixels);
@@ -309,7 +310,7 @@ impl Backbone {
     }
 }
 
-impl StemState {
+impl<P: Storage> StemState<P> {
     fn forward(&mut self, pass: &mut Pass<'_>, images: usize, pixels: &[f32]) {
         stem::forward(
             pass.executor,
@@ -335,7 +336,7 @@ impl StemState {
     }
 
     /// The activated output, which the first block reads.
-    fn output(&self, act: Act) -> Source<'_> {
+    fn output(&self, act: Act) -> Source<'_, P::Activation> {
         Source {
             raw: &self.y,
             affine: Some(self.bn.affine()),
@@ -344,7 +345,7 @@ impl StemState {
     }
 }
 
-impl BlockState {
+impl<P: Storage> BlockState<P> {
     /// Writes the block's output: `scale·y3 + shift (+ x)`.
     fn materialize_output(&self, pass: &Pass<'_>, out: &mut [f32]) {
         let args = Activate {
@@ -367,8 +368,8 @@ impl BlockState {
         pass: &mut Pass<'_>,
         act: Act,
         index: usize,
-        stem: &StemState,
-        previous: Option<&BlockState>,
+        stem: &StemState<P>,
+        previous: Option<&Self>,
     ) {
         let training = pass.training();
         // Shared buffers are as large as the largest block needs.
@@ -381,7 +382,7 @@ impl BlockState {
                 Forward {
                     rows: &expand.rows,
                     weights: &expand.weights,
-                    input: Input::Normalized {
+                    input: FullInput::Normalized {
                         raw: &previous.y3,
                         scale,
                         shift,
@@ -400,26 +401,21 @@ impl BlockState {
             previous.materialize_output(pass, &mut self.x);
         }
 
-        let input = match (&self.expand, previous) {
-            (Some(expand), _) => Source {
-                raw: &expand.y1[..len1],
-                affine: Some(expand.bn1.affine()),
-                act,
-            },
-            (None, None) => stem.output(act),
-            (None, Some(_)) => Source::plain(&self.x),
-        };
-        depthwise::forward(
-            pass.executor,
-            depthwise::Forward {
-                plan: &self.depthwise,
-                input,
-                weights: pass.variable(self.layer.depthwise.kernel),
-                y: &mut self.y2[..len2],
-                sums: training.then_some(&mut self.bn2.sums),
-                streaming: true,
-            },
-        );
+        let (plan, weights) = (&self.depthwise, pass.variable(self.layer.depthwise.kernel));
+        let y = &mut self.y2[..len2];
+        let sums = training.then_some(&mut self.bn2.sums[..]);
+        match (&self.expand, previous) {
+            (Some(expand), _) => {
+                let input = Source {
+                    raw: &expand.y1[..len1],
+                    affine: Some(expand.bn1.affine()),
+                    act,
+                };
+                convolve(pass, plan, weights, input, y, sums);
+            }
+            (None, None) => convolve(pass, plan, weights, stem.output(act), y, sums),
+            (None, Some(_)) => convolve(pass, plan, weights, Source::plain(&self.x[..]), y, sums),
+        }
         pass.normalize(&mut self.bn2, &[self.rows.rows()]);
 
         if let Some(squeeze) = &mut self.squeeze {
@@ -460,6 +456,26 @@ impl BlockState {
     }
 }
 
+/// The depthwise convolution of a block.
+fn convolve<X: Stored, Y: Stored>(
+    pass: &Pass<'_>,
+    plan: &DepthwisePlan,
+    weights: &[f32],
+    input: Source<'_, X>,
+    y: &mut [Y],
+    sums: Option<&mut [f64]>,
+) {
+    let convolution = depthwise::Forward {
+        plan,
+        input,
+        weights,
+        y,
+        sums,
+        streaming: true,
+    };
+    depthwise::forward(pass.executor, convolution);
+}
+
 impl Squeeze {
     fn weights<'a>(&self, pass: &Pass<'a>) -> se::Weights<'a> {
         let SqueezeExcite { reduce, expand } = &self.layer;
@@ -471,13 +487,13 @@ impl Squeeze {
         }
     }
 
-    fn forward(
+    fn forward<X: Stored>(
         &mut self,
         pass: &Pass<'_>,
         act: Act,
         images: usize,
         rows_per_image: usize,
-        source: Source<'_>,
+        source: Source<'_, X>,
     ) {
         let weights = self.weights(pass);
         let channels = self.layer.expand.out_channels;
@@ -533,7 +549,7 @@ impl Squeeze {
 }
 
 /// Backward.
-impl Backbone {
+impl<P: Storage> Backbone<P> {
     /// Gradients of all backbone variables from the gradients by its level outputs.
     ///
     /// `level_gradients[i]`: as the output of level i.
@@ -600,7 +616,7 @@ impl Backbone {
             stem::BackwardWeights {
                 input: self.stem.input(pass, self.images, pixels),
                 channels: layer.conv.out_channels,
-                dz: self.blocks.first().map_or(&[], |first| &first.dz[..]),
+                dz: self.blocks.first().map_or(&[], |first| &first.dz),
                 y,
                 a: ChannelVectors::per_group(&bn.a),
                 b: ChannelVectors::per_group(&bn.b),
@@ -621,7 +637,7 @@ fn by_image(images: usize, rows: usize) -> RowPlan {
     RowPlan::new(&(0..images).map(segment).collect::<Vec<_>>())
 }
 
-impl BlockState {
+impl<P: Storage> BlockState<P> {
     /// Rows whose sums are kept per image, which stochastic depth weighs.
     fn rows_by_image(&self) -> RowPlan {
         by_image(self.images, self.layer.output.cells())
@@ -650,8 +666,8 @@ impl BlockState {
         &mut self,
         pass: &Pass<'_>,
         act: Act,
-        stem: &mut StemState,
-        previous: Option<&mut BlockState>,
+        stem: &mut StemState<P>,
+        mut previous: Option<&mut Self>,
         // Further gradient by the block's input, from the BiFPN.
         feature: Option<&[f32]>,
         gradients: &mut Gradients<'_>,
@@ -712,61 +728,66 @@ impl BlockState {
             se::gain_and_offset(&self.bn2.a, &squeeze.gate, &dpool, &mut gain, &mut offset);
         }
 
-        let first = previous.is_none();
-        let (input, sums) = match (&mut self.expand, first) {
-            (Some(Expand { y1, bn1, .. }), _) => {
-                let affine = Affine::per_group(&bn1.scale, &bn1.shift);
-                (
-                    Source {
-                        raw: y1,
-                        affine: Some(affine),
-                        act,
-                    },
-                    Some(&mut bn1.sums[..]),
-                )
-            }
-            (None, true) => {
-                let StemState { y, bn, .. } = stem;
-                let affine = Affine::per_group(&bn.scale, &bn.shift);
-                (
-                    Source {
-                        raw: y,
-                        affine: Some(affine),
-                        act,
-                    },
-                    Some(&mut bn.sums[..]),
-                )
-            }
-            (None, false) => (Source::plain(&self.x), None),
-        };
-        depthwise::backward(
-            pass.executor,
-            depthwise::Backward {
-                plan: &self.depthwise,
-                input,
-                weights: pass.variable(self.layer.depthwise.kernel),
-                output_gradient: depthwise::OutputGradient::Activated {
-                    da: &self.da,
-                    y: &self.y2,
-                    affine: self.bn2.affine(),
-                    act,
-                    gain: match &self.squeeze {
-                        Some(_) => ChannelVectors::per_image(&gain),
-                        None => ChannelVectors::per_group(&self.bn2.a),
-                    },
-                    offset: self.squeeze.as_ref().map(|_| ChannelVectors::per_image(&offset)),
-                    b: ChannelVectors::per_group(&self.bn2.b),
-                    c: ChannelVectors::per_group(&self.bn2.c),
-                },
-                input_gradient: depthwise::InputGradient {
-                    dz: &mut self.dz,
-                    accumulate: false,
-                    sums,
-                    streaming: true,
-                },
-                dw: gradients.of(self.layer.depthwise.kernel),
+        let output_gradient_of_y2 = depthwise::OutputGradient::Activated {
+            da: &self.da[..],
+            y: &self.y2[..],
+            affine: self.bn2.affine(),
+            act,
+            gain: match &self.squeeze {
+                Some(_) => ChannelVectors::per_image(&gain),
+                None => ChannelVectors::per_group(&self.bn2.a),
             },
-        );
+            offset: self.squeeze.as_ref().map(|_| ChannelVectors::per_image(&offset)),
+            b: ChannelVectors::per_group(&self.bn2.b),
+            c: ChannelVectors::per_group(&self.bn2.c),
+        };
+        let (plan, weights) = (&self.depthwise, pass.variable(self.layer.depthwise.kernel));
+        let dw = gradients.of(self.layer.depthwise.kernel);
+        // The batch norm in front, and what it normalises.
+        let in_front = match &mut self.expand {
+            Some(Expand { y1, bn1, .. }) => Some((&y1[..], bn1)),
+            None if previous.is_none() => Some((&stem.y[..], &mut stem.bn)),
+            None => None,
+        };
+        match (in_front, &mut previous) {
+            (Some((raw, bn)), _) => {
+                let convolution = depthwise::Backward {
+                    plan,
+                    input: Source {
+                        raw,
+                        affine: Some(Affine::per_group(&bn.scale, &bn.shift)),
+                        act,
+                    },
+                    weights,
+                    output_gradient: output_gradient_of_y2,
+                    input_gradient: depthwise::InputGradient {
+                        dz: &mut self.dz[..],
+                        accumulate: false,
+                        sums: Some(&mut bn.sums),
+                        streaming: true,
+                    },
+                    dw,
+                };
+                depthwise::backward(pass.executor, convolution);
+            }
+            (None, Some(previous)) => {
+                let convolution = depthwise::Backward {
+                    plan,
+                    input: Source::plain(&self.x[..]),
+                    weights,
+                    output_gradient: output_gradient_of_y2,
+                    input_gradient: depthwise::InputGradient {
+                        dz: &mut previous.output_gradient[..],
+                        accumulate: false,
+                        sums: None,
+                        streaming: true,
+                    },
+                    dw,
+                };
+                depthwise::backward(pass.executor, convolution);
+            }
+            (None, None) => {}
+        }
 
         let Some(previous) = previous else { return };
         let residual = self.layer.skip.then_some(output_gradient);
@@ -815,7 +836,6 @@ impl BlockState {
                 );
             }
             None => {
-                dx.copy_from_slice(&self.dz);
                 for addend in [residual, feature].into_iter().flatten() {
                     dx.iter_mut().zip(addend).for_each(|(x, a)| *x += a);
                 }

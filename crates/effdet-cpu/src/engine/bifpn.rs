@@ -3,7 +3,6 @@
 use effdet_model::hparams::UpsampleRule;
 use effdet_model::network::{ChannelMatch, MapSize, Network, Node, Resample, ResizeKind};
 
-use super::backbone::Backbone;
 use super::batch_norm::BatchNormState;
 use super::gradients::Gradients;
 use super::pass::Pass;
@@ -14,8 +13,8 @@ use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, Affine, Source};
 use crate::kernels::fuse::{self, FuseGradient, FuseInput, FusionWeights};
 use crate::kernels::pointwise::{
-    self, Backward, ChannelVectors, Forward, Input, InputGradient, OutputGradient, PackedWeights, Packing,
-    RowPlan, WeightGradient,
+    self, Backward, ChannelVectors, Forward, FullGradient, FullInput, InputGradient, OutputGradient,
+    PackedWeights, Packing, RowPlan, WeightGradient,
 };
 use crate::kernels::resample::{self, Resampler};
 use crate::math::Act;
@@ -372,7 +371,7 @@ impl Pyramid {
         }
     }
 
-    pub(super) fn forward(&mut self, pass: &mut Pass<'_>, backbone: &Backbone) {
+    pub(super) fn forward(&mut self, pass: &mut Pass<'_>, backbone: &[&[f32]]) {
         for (index, extra) in self.extra.iter_mut().enumerate() {
             pass.enter(Step::ExtraLevel(index));
             extra.input.forward_match(pass, backbone);
@@ -409,7 +408,7 @@ impl Pyramid {
     pub(super) fn backward(
         &mut self,
         pass: &Pass<'_>,
-        backbone: &Backbone,
+        backbone: &[&[f32]],
         output_gradients: &[f32],
         gradients: &mut Gradients<'_>,
     ) {
@@ -506,7 +505,7 @@ impl Gradient {
 
 impl InputState {
     /// Runs the channel match.
-    fn forward_match(&mut self, pass: &mut Pass<'_>, backbone: &Backbone) {
+    fn forward_match(&mut self, pass: &mut Pass<'_>, backbone: &[&[f32]]) {
         let (Some(matched), Origin::Backbone(level)) = (&mut self.matched, self.origin) else {
             return;
         };
@@ -516,7 +515,7 @@ impl InputState {
             Forward {
                 rows: &matched.rows,
                 weights: &matched.weights,
-                input: Input::Plain(backbone.level_output(level)),
+                input: FullInput::Plain(backbone[level]),
                 bias: Some(pass.bias(&matched.layer.conv)),
                 stride: matched.weights.outputs(),
                 y: &mut matched.y,
@@ -536,12 +535,12 @@ impl InputState {
     /// What is resampled.
     fn source<'a>(
         &'a self,
-        backbone: &'a Backbone,
+        backbone: &'a [&'a [f32]],
         features: &'a [Feature],
     ) -> (&'a [f32], Option<Affine<'a>>) {
         match (&self.matched, self.origin) {
             (Some(matched), _) => (&matched.y, matched.bn.as_ref().map(BatchNormState::affine)),
-            (None, Origin::Backbone(level)) => (backbone.level_output(level), None),
+            (None, Origin::Backbone(level)) => (backbone[level], None),
             (None, Origin::Feature(index)) => (&features[index].raw, features[index].affine()),
         }
     }
@@ -581,7 +580,7 @@ impl InputState {
     fn backward_match(
         &mut self,
         pass: &Pass<'_>,
-        backbone: &Backbone,
+        backbone: &[&[f32]],
         levels: &mut [Gradient],
         gradients: &mut Gradients<'_>,
     ) {
@@ -609,7 +608,7 @@ impl InputState {
                 c: ChannelVectors::per_group(&bn.c),
                 stride: channels,
             },
-            None => OutputGradient::Plain {
+            None => FullGradient::Plain {
                 dy: &matched.gradient,
                 stride: channels,
             },
@@ -622,7 +621,7 @@ impl InputState {
                 rows: &matched.rows,
                 weights: &matched.weights,
                 output_gradient,
-                x: backbone.level_output(level),
+                x: backbone[level],
                 input_gradient: Some(InputGradient {
                     dx: &mut target.values,
                     accumulate: target.written,
@@ -645,7 +644,7 @@ struct NodeContext<'a> {
     images: usize,
     filters: usize,
     act: Act,
-    backbone: &'a Backbone,
+    backbone: &'a [&'a [f32]],
 }
 
 impl NodeState {
@@ -671,7 +670,7 @@ impl NodeState {
         act: Act,
         images: usize,
         filters: usize,
-        backbone: &Backbone,
+        backbone: &[&[f32]],
         features: &mut [Feature],
     ) {
         for input in &mut self.inputs {
@@ -732,7 +731,7 @@ impl NodeState {
             Forward {
                 rows: &self.rows,
                 weights: &self.pointwise,
-                input: Input::Plain(&self.depthwise_output),
+                input: FullInput::Plain(&self.depthwise_output),
                 bias: Some(pass.bias(&self.layer.conv.pointwise)),
                 stride: filters,
                 y: raw,
@@ -814,7 +813,7 @@ impl NodeState {
                     act,
                 },
                 weights: pass.variable(conv.depthwise.kernel),
-                output_gradient: depthwise::OutputGradient::Plain(&self.d_depthwise),
+                output_gradient: depthwise::OutputGradient::<f32, f32>::Plain(&self.d_depthwise),
                 input_gradient: depthwise::InputGradient {
                     dz: &mut self.d_fused,
                     accumulate: false,

@@ -14,8 +14,8 @@ use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, ActivateBackward, Source};
 use crate::kernels::loss::HeadRows;
 use crate::kernels::pointwise::{
-    self, Backward, ChannelVectors, Forward, Input, InputGradient, OutputGradient, PackedWeights, Packing,
-    RowPlan, WeightGradient,
+    self, Backward, ChannelVectors, Forward, FullGradient, FullInput, InputGradient, OutputGradient,
+    PackedWeights, Packing, RowPlan, WeightGradient,
 };
 use crate::math::Act;
 
@@ -304,7 +304,7 @@ impl Buffers {
                 Forward {
                     rows: &self.rows,
                     weights: &state.weights,
-                    input: Input::Plain(&self.depthwise_outputs[index]),
+                    input: FullInput::Plain(&self.depthwise_outputs[index]),
                     bias: Some(pass.bias(&layer.conv.pointwise)),
                     stride: state.weights.outputs(),
                     y: &mut self.y[index],
@@ -356,7 +356,7 @@ impl Buffers {
             Forward {
                 rows: &self.rows,
                 weights: &head.predict,
-                input: Input::Plain(&output),
+                input: FullInput::Plain(&output),
                 bias: Some(pass.bias(&predict.pointwise)),
                 stride: head.stride,
                 y: &mut self.outputs[..self.rows.rows() * head.stride],
@@ -402,7 +402,7 @@ impl Buffers {
             Backward {
                 rows: &self.rows,
                 weights: &head.predict,
-                output_gradient: OutputGradient::Plain {
+                output_gradient: FullGradient::Plain {
                     dy: &self.outputs[..self.rows.rows() * head.stride],
                     stride: head.stride,
                 },
@@ -429,7 +429,7 @@ impl Buffers {
                 plan: &self.depthwise,
                 input: activated,
                 weights: pass.variable(kernel),
-                output_gradient: depthwise::OutputGradient::Plain(&d_depthwise),
+                output_gradient: depthwise::OutputGradient::<f32, f32>::Plain(&d_depthwise),
                 input_gradient: depthwise::InputGradient {
                     dz: &mut dz,
                     accumulate: false,
@@ -503,7 +503,7 @@ impl Buffers {
                 plan: &self.depthwise,
                 input: Source::plain(input),
                 weights: pass.variable(kernel),
-                output_gradient: depthwise::OutputGradient::Plain(&d_depthwise),
+                output_gradient: depthwise::OutputGradient::<f32, f32>::Plain(&d_depthwise),
                 input_gradient: depthwise::InputGradient {
                     dz: input_gradient,
                     accumulate,

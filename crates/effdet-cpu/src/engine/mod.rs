@@ -18,8 +18,8 @@ use std::sync::mpsc::Sender;
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::IGNORED;
 use effdet_model::engine::{
-    Engine, EngineError, HeadOutputs, ImageBatch, Mode, StepLosses, StepOptions, Targets, TraceSink,
-    TrainBatch,
+    Engine, EngineError, HeadOutputs, ImageBatch, Mode, Precision, StepLosses, StepOptions, Targets,
+    TraceSink, TrainBatch,
 };
 use effdet_model::hparams::{ActType, IouLossKind};
 use effdet_model::loss::LossError;
@@ -45,6 +45,7 @@ use crate::memory::{Memory, OwnedBytes};
 use crate::probe::{Probe, Stage};
 use crate::simd::Isa;
 use crate::stochastic_depth::DrawKeys;
+use crate::storage::{Brain, Full, Half, Storage};
 
 /// How a [`CpuEngine`] runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +54,8 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Instruction set; none = the fastest one here. All give the same bits.
     pub isa: Option<Isa>,
+    /// How activations and gradients of a training step are stored.
+    pub precision: Precision,
 }
 
 /// Runs an EfficientDet on the CPU.
@@ -64,17 +67,25 @@ pub struct CpuEngine {
     network: Arc<Network>,
     executor: Executor,
     anchors: Anchors,
-    training: Option<Layers>,
+    training: Training,
     /// Layers whose outputs can all be named.
-    traced: Option<Layers>,
+    traced: Option<Box<Layers<Full>>>,
     inference: Option<Plan>,
+}
+
+/// The layers of training steps in the engine's precision.
+#[derive(Debug)]
+enum Training {
+    Full(Option<Box<Layers<Full>>>),
+    Half(Option<Box<Layers<Half>>>),
+    Brain(Option<Box<Layers<Brain>>>),
 }
 
 /// All layers with their buffers for one batch size.
 #[derive(Debug)]
-struct Layers {
+struct Layers<P: Storage> {
     images: usize,
-    backbone: Backbone,
+    backbone: Backbone<P>,
     pyramid: Pyramid,
     heads: Heads,
     /// Input of the heads and the gradient by it, `[level][image][cell][F]`.
@@ -137,7 +148,7 @@ impl BuildContext<'_> {
     }
 }
 
-impl Layers {
+impl<P: Storage> Layers<P> {
     fn new(network: &Network, images: usize, training: bool) -> Self {
         let (_, memory) = Self::plan(network, images, training);
         let mut memory = memory.allocate();
@@ -148,6 +159,21 @@ impl Layers {
     fn plan(network: &Network, images: usize, training: bool) -> (Self, Memory) {
         let mut memory = Memory::plan(training);
         (Self::build(network, images, training, &mut memory), memory)
+    }
+
+    fn training_memory(network: &Network, images: usize) -> MemoryEstimate {
+        let (layers, mut memory) = Self::plan(network, images, true);
+        let mut beside = Beside::default();
+        layers.backbone.count(&mut beside);
+        layers.pyramid.count(&mut beside);
+        layers.heads.count(&mut beside);
+        let buffer_bytes = memory.place();
+        MemoryEstimate {
+            buffers: memory.by_owner(),
+            buffer_bytes,
+            packed_weight_bytes: beside.packed_weight_bytes,
+            partial_bytes: beside.partial_bytes,
+        }
     }
 
     fn build(network: &Network, images: usize, training: bool, memory: &mut Memory) -> Self {
@@ -187,7 +213,7 @@ impl Layers {
         self.pyramid.pack(pass, packing);
         self.heads.pack(pass, packing);
         self.backbone.forward(pass, pixels);
-        self.pyramid.forward(pass, &self.backbone);
+        self.pyramid.forward(pass, &self.backbone.level_outputs());
     }
 }
 
@@ -258,7 +284,11 @@ impl CpuEngine {
             network,
             executor,
             anchors,
-            training: None,
+            training: match options.precision {
+                Precision::Fp32 => Training::Full(None),
+                Precision::Fp16 => Training::Half(None),
+                Precision::Bf16 => Training::Brain(None),
+            },
             traced: None,
             inference: None,
         })
@@ -289,17 +319,10 @@ impl CpuEngine {
     /// Left out are the threads' scratch memory and vectors over channels, some megabytes, and what belongs to the caller:
     /// weights, gradients and the batch.
     pub fn training_memory(&self, images: usize) -> MemoryEstimate {
-        let (layers, mut memory) = Layers::plan(&self.network, images, true);
-        let mut beside = Beside::default();
-        layers.backbone.count(&mut beside);
-        layers.pyramid.count(&mut beside);
-        layers.heads.count(&mut beside);
-        let buffer_bytes = memory.place();
-        MemoryEstimate {
-            buffers: memory.by_owner(),
-            buffer_bytes,
-            packed_weight_bytes: beside.packed_weight_bytes,
-            partial_bytes: beside.partial_bytes,
+        match self.training {
+            Training::Full(_) => Layers::<Full>::training_memory(&self.network, images),
+            Training::Half(_) => Layers::<Half>::training_memory(&self.network, images),
+            Training::Brain(_) => Layers::<Brain>::training_memory(&self.network, images),
         }
     }
 
@@ -331,6 +354,107 @@ fn check_len(
             expected,
             remedy,
         })
+    }
+}
+
+impl<P: Storage> Layers<P> {
+    /// Forward, losses and backward; `pass` gets the layers' clock.
+    fn step(
+        &mut self,
+        pass: Pass<'_>,
+        network: &Network,
+        anchors: &Anchors,
+        batch: &TrainBatch<'_>,
+        loss_scale: f32,
+        mut gradients: Gradients<'_>,
+    ) -> StepLosses {
+        let hparams = &network.hparams;
+        let clock = self.clock.clone();
+        let mut pass = Pass {
+            clock: Some(&clock),
+            ..pass
+        };
+        self.forward(&mut pass, batch.images.pixels, Packing::ForwardAndBackward);
+        let Layers {
+            backbone,
+            pyramid,
+            heads,
+            head_input,
+            head_gradient,
+            ..
+        } = self;
+        let last_cell = network.cells.len() - 1;
+        pass.enter(Step::HeadInput);
+        pyramid.write_outputs(&pass, last_cell, head_input);
+
+        heads.forward(&mut pass, Which::Class, head_input);
+        let (logits, rows) = heads.outputs(Which::Class);
+        let focal = Focal {
+            rows,
+            classes: hparams.num_classes,
+            alpha: hparams.alpha as f32,
+            gamma: hparams.gamma as f32,
+            label_smoothing: hparams.label_smoothing as f32,
+            normalizer: batch.targets.normalizer / loss_scale,
+            targets: batch.targets.class_targets,
+            logits,
+        };
+        let class_loss = loss::focal(pass.executor, focal) / f64::from(loss_scale);
+        heads.backward(
+            &pass,
+            Which::Class,
+            head_input,
+            head_gradient,
+            false,
+            &mut gradients,
+        );
+
+        heads.forward(&mut pass, Which::Box, head_input);
+        let (codes, rows) = heads.outputs(Which::Box);
+        let iou = (hparams.iou_loss_type).map(|kind| {
+            IouGradients::new(
+                kind,
+                hparams.iou_loss_weight * f64::from(loss_scale),
+                anchors,
+                &rows,
+                &batch.targets,
+                codes,
+            )
+        });
+        let huber = Huber {
+            rows,
+            delta: hparams.delta as f32,
+            normalizer: batch.targets.normalizer,
+            gradient_weight: hparams.box_loss_weight as f32 * loss_scale,
+            targets: batch.targets.box_targets,
+            codes,
+        };
+        let box_loss = loss::huber(pass.executor, huber);
+        let box_iou_loss = iou.map_or(0.0, |iou| iou.add_to(heads.outputs(Which::Box).0));
+        heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
+
+        gradients.finish_from(first_of(&network.class_head).min(first_of(&network.box_head)));
+        pyramid.backward(&pass, &backbone.level_outputs(), head_gradient, &mut gradients);
+        // The backbone comes first; its last block writes the gradients of its last batch norm later.
+        let last = network
+            .blocks
+            .last()
+            .map_or(&network.stem.bn, |block| &block.project_bn);
+        gradients.finish_behind(last);
+        backbone.backward(
+            &pass,
+            batch.images.pixels,
+            &pyramid.level_gradients(&pass),
+            &mut gradients,
+        );
+        let det_loss =
+            class_loss + hparams.box_loss_weight * box_loss + hparams.iou_loss_weight * box_iou_loss;
+        StepLosses {
+            class_loss: class_loss as f32,
+            box_loss: box_loss as f32,
+            box_iou_loss: box_iou_loss as f32,
+            det_loss: det_loss as f32,
+        }
     }
 }
 
@@ -408,17 +532,17 @@ impl IouGradients {
 }
 
 /// The layers for a batch size: those at hand, or new ones.
-fn layers_for<'a>(
-    slot: &'a mut Option<Layers>,
+fn layers_for<'a, P: Storage>(
+    slot: &'a mut Option<Box<Layers<P>>>,
     network: &Network,
     images: usize,
     training: bool,
-) -> &'a mut Layers {
+) -> &'a mut Layers<P> {
     if slot.as_ref().is_some_and(|layers| layers.images != images) {
         // Freed first, so that two sets of buffers never exist at once.
         *slot = None;
     }
-    slot.get_or_insert_with(|| Layers::new(network, images, training))
+    slot.get_or_insert_with(|| Box::new(Layers::new(network, images, training)))
 }
 
 /// The first variable of a head.
@@ -470,9 +594,7 @@ impl CpuEngine {
         )?;
 
         let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
-        let layers = layers_for(&mut self.training, &self.network, images, true);
-        let clock = layers.clock.clone();
-        let mut pass = Pass {
+        let pass = Pass {
             executor: &self.executor,
             table: &self.network.variables,
             mode: Mode::Train,
@@ -486,94 +608,21 @@ impl CpuEngine {
                 images: batch.draw_keys,
             }),
             sync: options.sync,
-            clock: &clock,
+            clock: None,
         };
-        layers.forward(&mut pass, batch.images.pixels, Packing::ForwardAndBackward);
-        let Layers {
-            backbone,
-            pyramid,
-            heads,
-            head_input,
-            head_gradient,
-            ..
-        } = layers;
-        let last_cell = self.network.cells.len() - 1;
-        pass.enter(Step::HeadInput);
-        pyramid.write_outputs(&pass, last_cell, head_input);
-
-        let mut gradients = Gradients {
+        let gradients = Gradients {
             table: &self.network.variables,
             buffer: gradients,
         };
-        heads.forward(&mut pass, Which::Class, head_input);
-        let (logits, rows) = heads.outputs(Which::Class);
-        let focal = Focal {
-            rows,
-            classes: hparams.num_classes,
-            alpha: hparams.alpha as f32,
-            gamma: hparams.gamma as f32,
-            label_smoothing: hparams.label_smoothing as f32,
-            normalizer: batch.targets.normalizer,
-            targets: batch.targets.class_targets,
-            logits,
-        };
-        let class_loss = loss::focal(pass.executor, focal);
-        heads.backward(
-            &pass,
-            Which::Class,
-            head_input,
-            head_gradient,
-            false,
-            &mut gradients,
-        );
-
-        heads.forward(&mut pass, Which::Box, head_input);
-        let (codes, rows) = heads.outputs(Which::Box);
-        let iou = (hparams.iou_loss_type).map(|kind| {
-            IouGradients::new(
-                kind,
-                hparams.iou_loss_weight,
-                &self.anchors,
-                &rows,
-                &batch.targets,
-                codes,
-            )
-        });
-        let huber = Huber {
-            rows,
-            delta: hparams.delta as f32,
-            normalizer: batch.targets.normalizer,
-            gradient_weight: hparams.box_loss_weight as f32,
-            targets: batch.targets.box_targets,
-            codes,
-        };
-        let box_loss = loss::huber(pass.executor, huber);
-        let box_iou_loss = iou.map_or(0.0, |iou| iou.add_to(heads.outputs(Which::Box).0));
-        heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
-
-        let network = &self.network;
-        gradients.finish_from(first_of(&network.class_head).min(first_of(&network.box_head)));
-        pyramid.backward(&pass, backbone, head_gradient, &mut gradients);
-        // The backbone comes first; its last block writes the gradients of its last batch norm later.
-        gradients.finish_behind(
-            network
-                .blocks
-                .last()
-                .map_or(&network.stem.bn, |block| &block.project_bn),
-        );
-        backbone.backward(
-            &pass,
-            batch.images.pixels,
-            &pyramid.level_gradients(&pass),
-            &mut gradients,
-        );
-        let det_loss =
-            class_loss + hparams.box_loss_weight * box_loss + hparams.iou_loss_weight * box_iou_loss;
-        Ok(StepLosses {
-            class_loss: class_loss as f32,
-            box_loss: box_loss as f32,
-            box_iou_loss: box_iou_loss as f32,
-            det_loss: det_loss as f32,
+        let (network, anchors) = (&*self.network, &self.anchors);
+        let loss_scale = options.loss_scale;
+        Ok(match &mut self.training {
+            Training::Full(slot) => layers_for(slot, network, images, true)
+                .step(pass, network, anchors, batch, loss_scale, gradients),
+            Training::Half(slot) => layers_for(slot, network, images, true)
+                .step(pass, network, anchors, batch, loss_scale, gradients),
+            Training::Brain(slot) => layers_for(slot, network, images, true)
+                .step(pass, network, anchors, batch, loss_scale, gradients),
         })
     }
 }
@@ -639,7 +688,7 @@ impl Engine for CpuEngine {
 
 /// What has just been computed.
 enum Computed<'a, 'b> {
-    Body(&'a Backbone, &'a Pyramid, &'a Pass<'b>),
+    Body(&'a Backbone<Full>, &'a Pyramid, &'a Pass<'b>),
     Head(Which, &'a mut Heads),
 }
 
@@ -673,7 +722,7 @@ impl CpuEngine {
             fusion,
             draws: None,
             sync: None,
-            clock: &clock,
+            clock: Some(&clock),
         };
         layers.forward(&mut pass, images.pixels, Packing::Forward);
         let Layers {

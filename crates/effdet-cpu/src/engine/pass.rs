@@ -30,7 +30,8 @@ pub(super) struct Pass<'a> {
     pub draws: Option<DrawKeys<'a>>,
     /// Batch statistics are those of all ranks together.
     pub sync: Option<&'a dyn SumOverRanks>,
-    pub clock: &'a Clock,
+    /// Of the layers that the pass goes through.
+    pub clock: Option<&'a Clock>,
 }
 
 /// Tells the buffers which step is at hand.
@@ -66,8 +67,10 @@ impl<'a> Pass<'a> {
 
     /// Goes on to a step.
     pub(super) fn enter(&self, step: Step) {
-        self.executor.enter(self.clock.timeline.stage(step));
-        self.clock.region.enter(self.clock.timeline.number(step));
+        if let Some(Clock { timeline, region }) = self.clock {
+            self.executor.enter(timeline.stage(step));
+            region.enter(timeline.number(step));
+        }
     }
 
     /// Values of a trainable variable.

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use effdet_model::engine::{Engine, ImageBatch, StepOptions, Targets, TrainBatch};
+use effdet_model::engine::{Engine, ImageBatch, Precision, StepOptions, Targets, TrainBatch};
 use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
-use super::{CpuEngine, CpuOptions};
+use super::{CpuEngine, CpuOptions, Training};
 
 fn small_network(preset: &str) -> Arc<Network> {
     let mut hparams = HParams::preset(preset).unwrap();
@@ -43,15 +43,32 @@ fn step(engine: &mut CpuEngine, network: &Network, images: usize) -> Vec<f32> {
     gradients
 }
 
+/// Bytes of the buffers that a step has allocated.
+fn allocated(engine: &CpuEngine) -> usize {
+    match &engine.training {
+        Training::Full(layers) => layers.as_ref().unwrap().clock.bytes(),
+        Training::Half(layers) => layers.as_ref().unwrap().clock.bytes(),
+        Training::Brain(layers) => layers.as_ref().unwrap().clock.bytes(),
+    }
+}
+
 #[test]
 fn predicted_memory_is_what_a_step_allocates() {
-    for (preset, images) in [("d0", 2), ("lite1", 1), ("d1", 3)] {
+    for (preset, images, precision) in [
+        ("d0", 2, Precision::Fp32),
+        ("d0", 1, Precision::Bf16),
+        ("lite1", 1, Precision::Fp16),
+        ("d1", 3, Precision::Fp32),
+    ] {
         let network = small_network(preset);
-        let mut engine = CpuEngine::new(Arc::clone(&network), CpuOptions::default()).unwrap();
+        let options = CpuOptions {
+            precision,
+            ..CpuOptions::default()
+        };
+        let mut engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
         let estimate = engine.training_memory(images);
         step(&mut engine, &network, images);
-        let layers = engine.training.as_ref().unwrap();
-        assert_eq!(estimate.buffer_bytes.next_multiple_of(4), layers.clock.bytes());
+        assert_eq!(estimate.buffer_bytes, allocated(&engine));
         assert_eq!(
             estimate.partial_bytes,
             engine.executor.workspace_bytes(),
@@ -60,6 +77,24 @@ fn predicted_memory_is_what_a_step_allocates() {
         // Sharing pays: the owners together ask for more than there is.
         let asked: usize = estimate.buffers.iter().map(|owned| owned.bytes).sum();
         assert!(asked > estimate.buffer_bytes * 5 / 4);
+    }
+}
+
+#[test]
+fn halves_take_half_the_memory_of_wide_tensors() {
+    let network = small_network("d0");
+    let [full, half] = [Precision::Fp32, Precision::Fp16].map(|precision| {
+        let options = CpuOptions {
+            precision,
+            ..CpuOptions::default()
+        };
+        let engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
+        engine.training_memory(4)
+    });
+    for (full, half) in full.buffers.iter().zip(&half.buffers) {
+        let expected = if full.owner.contains("wide") { 0.5 } else { 1.0 };
+        let share = half.bytes as f64 / full.bytes as f64;
+        assert!((share - expected).abs() < 0.01, "{}: {share}", full.owner);
     }
 }
 

@@ -110,18 +110,18 @@ impl<'a> AffineVectors<'a> {
 
 /// The tensor `act(scale·raw + shift)`, of which only `raw` is stored.
 #[derive(Debug, Clone, Copy)]
-pub struct Source<'a> {
+pub struct Source<'a, X = f32> {
     /// What is stored: `[rows, channels]`.
-    pub raw: &'a [f32],
+    pub raw: &'a [X],
     /// The affine map, none for the identity.
     pub affine: Option<Affine<'a>>,
     /// The activation.
     pub act: Act,
 }
 
-impl<'a> Source<'a> {
+impl<'a, X> Source<'a, X> {
     /// A tensor that is stored as it is.
-    pub fn plain(x: &'a [f32]) -> Self {
+    pub fn plain(x: &'a [X]) -> Self {
         Self {
             raw: x,
             affine: None,

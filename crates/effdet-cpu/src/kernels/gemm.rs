@@ -6,6 +6,7 @@
 
 use crate::arena::ALIGNMENT;
 use crate::simd::{Simd, dispatch};
+use crate::storage::Stored;
 
 /// Columns per panel of a packed matrix.
 pub(crate) const PANEL: usize = 16;
@@ -68,11 +69,24 @@ pub(crate) struct Prefetch {
 const LINE: usize = ALIGNMENT / size_of::<f32>();
 
 impl Prefetch {
-    /// Fetches two slices, either of them empty where there is less to fetch.
-    pub(crate) fn new(first: &[f32], second: &[f32]) -> Self {
+    /// Fetches nothing.
+    pub(crate) fn none() -> Self {
         Self {
-            runs: [first, second].map(|values| (values.as_ptr(), values.len().div_ceil(LINE))),
+            runs: [(std::ptr::null(), 0); 2],
         }
+    }
+
+    /// Fetches a slice.
+    pub(crate) fn of<T>(values: &[T]) -> Self {
+        let mut fetch = Self::none();
+        fetch.runs[0] = (values.as_ptr().cast(), size_of_val(values).div_ceil(ALIGNMENT));
+        fetch
+    }
+
+    /// Fetches a slice after the first one.
+    pub(crate) fn and<T>(mut self, values: &[T]) -> Self {
+        self.runs[1] = Self::of(values).runs[0];
+        self
     }
 
     /// Where a loop of `steps` steps starts to fetch and how far it moves per step; `idle` is an address in the cache.
@@ -92,7 +106,7 @@ impl Prefetch {
 
 /// Arguments of [`multiply`].
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Multiply {
+pub(crate) struct Multiply<T = f32> {
     /// Rows of A and C.
     pub rows: usize,
     /// Columns of B and C.
@@ -108,14 +122,14 @@ pub(crate) struct Multiply {
     /// Values from one panel of B to the next.
     pub b_panel_stride: usize,
     /// What happens to the product.
-    pub epilogue: Epilogue,
+    pub epilogue: Epilogue<T>,
 }
 
 /// What [`multiply`] does with a tile of the product, in this order.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Epilogue {
+pub(crate) struct Epilogue<T = f32> {
     /// C, row-major.
-    pub c: *mut f32,
+    pub c: *mut T,
     /// Values from one row of C to the next.
     pub c_stride: usize,
     /// Whether to add what C holds.
@@ -131,9 +145,9 @@ pub(crate) struct Epilogue {
     pub streaming: bool,
 }
 
-impl Epilogue {
+impl<T: Stored> Epilogue<T> {
     /// Stores the product.
-    pub(crate) const fn store(c: *mut f32, c_stride: usize) -> Self {
+    pub(crate) const fn store(c: *mut T, c_stride: usize) -> Self {
         Self {
             c,
             c_stride,
@@ -165,9 +179,9 @@ impl Epilogue {
                         *value = S::add(
                             *value,
                             if whole {
-                                S::load(c)
+                                T::load::<S>(c)
                             } else {
-                                S::load_partial(c, valid(j))
+                                T::load_partial::<S>(c, valid(j))
                             },
                         );
                     }
@@ -198,11 +212,11 @@ impl Epilogue {
                 for (j, value) in row.into_iter().enumerate() {
                     let c = c.add(i * self.c_stride + j * S::LANES);
                     if !whole {
-                        S::store_partial(c, value, valid(j));
+                        T::store_partial::<S>(c, value, valid(j));
                     } else if self.streaming {
-                        S::stream(c, value);
+                        T::stream::<S>(c, value);
                     } else {
-                        S::store(c, value);
+                        T::store::<S>(c, value);
                     }
                 }
             }
@@ -246,7 +260,7 @@ unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
     }
 }
 
-impl Multiply {
+impl<T: Stored> Multiply<T> {
     #[inline(always)]
     unsafe fn tile<S: Simd, const R: usize, const V: usize>(
         &self,
@@ -344,7 +358,7 @@ impl Width {
 }
 
 #[inline(always)]
-unsafe fn multiply_body<S: Simd>(args: &Multiply, ahead: &mut Prefetch) {
+unsafe fn multiply_body<S: Simd, T: Stored>(args: &Multiply<T>, ahead: &mut Prefetch) {
     let end = before_triple::<S>(args.columns);
     let mut row = 0;
     // SAFETY: tiles inside the operands the caller promises.
@@ -382,7 +396,7 @@ dispatch! {
     ///
     /// # Safety
     /// `isa` must be available; all pointers must be valid for what [`Multiply`] and [`Epilogue`] say.
-    pub(crate) unsafe fn multiply(args: &Multiply, ahead: &mut Prefetch) = multiply_body;
+    pub(crate) unsafe fn multiply[T: Stored][T](args: &Multiply<T>, ahead: &mut Prefetch) = multiply_body;
 }
 
 /// Arguments of [`multiply_transposed`].
@@ -564,7 +578,7 @@ mod tests {
             epilogue,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply(isa, &args, &mut Prefetch::new(&[], &[])) };
+        unsafe { multiply(isa, &args, &mut Prefetch::none()) };
         (c, sums)
     }
 
@@ -646,7 +660,7 @@ mod tests {
             accumulate,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply_transposed(isa, &args, &mut Prefetch::new(&[], &[])) };
+        unsafe { multiply_transposed(isa, &args, &mut Prefetch::none()) };
         c.chunks(padded(n)).flat_map(|row| row[..n].to_vec()).collect()
     }
 

@@ -8,6 +8,8 @@ pub mod depthwise;
 pub mod elementwise;
 pub mod fuse;
 pub(crate) mod gemm;
+#[cfg(test)]
+mod halves;
 pub(crate) mod lanes;
 pub mod loss;
 pub mod pointwise;

@@ -22,6 +22,7 @@ use crate::arena::{ALIGNMENT, AlignedBuf, Bump, SharedPtr};
 use crate::math::{Act, with_activation};
 use crate::probe::{Kernel, Work};
 use crate::simd::Isa;
+use crate::storage::Stored;
 
 pub use super::row_plan::{RowPlan, Segment};
 
@@ -205,9 +206,9 @@ impl<'a> ChannelVectors<'a> {
 
 /// The tensor `gate·act(scale·raw + shift)`, of which only `raw` is stored.
 #[derive(Debug, Clone, Copy)]
-pub struct Activated<'a> {
+pub struct Activated<'a, X = f32> {
     /// Output of the convolution below, before its batch norm: `[rows, channels]`.
-    pub raw: &'a [f32],
+    pub raw: &'a [X],
     /// Batch norm's γ/σ.
     pub scale: ChannelVectors<'a>,
     /// Batch norm's β − μγ/σ.
@@ -220,11 +221,11 @@ pub struct Activated<'a> {
 
 /// The left operand of [`forward`], rows × input channels.
 #[derive(Debug)]
-pub enum Input<'a> {
+pub enum Input<'a, X = f32> {
     /// Stored as it is.
     Plain(&'a [f32]),
     /// Formed on the way, not stored.
-    Activated(Activated<'a>),
+    Activated(Activated<'a, X>),
     /// `x = scale·raw + shift (+ residual)`, formed and written to `x`. Stochastic depth goes into per-image vectors.
     Normalized {
         /// Output of the convolution below, before its batch norm: `[rows, channels]`.
@@ -240,19 +241,22 @@ pub enum Input<'a> {
     },
 }
 
+/// An operand of which nothing is stored in halves.
+pub type FullInput<'a> = Input<'a, f32>;
+
 /// Arguments of [`forward`].
 #[derive(Debug)]
-pub struct Forward<'a> {
+pub struct Forward<'a, X = f32, Y = f32> {
     /// The rows of all tensors.
     pub rows: &'a RowPlan,
     /// The weights.
     pub weights: &'a PackedWeights,
     /// The left operand.
-    pub input: Input<'a>,
+    pub input: Input<'a, X>,
     /// `[outputs]`, added to every row.
     pub bias: Option<&'a [f32]>,
     /// Overwritten with the product: `[rows, stride]`.
-    pub y: &'a mut [f32],
+    pub y: &'a mut [Y],
     /// Values from one row of `y` to the next, at least the number of output channels; the columns past these become 0.
     pub stride: usize,
     /// Overwritten with Σy and Σy² over the rows of each group: `[groups, 2, outputs]`.
@@ -268,7 +272,7 @@ pub struct Forward<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn forward(executor: &Executor, args: Forward<'_>) {
+pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y>) {
     let Forward {
         rows: plan,
         weights,
@@ -307,6 +311,17 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
     let slab_stride = operand.slab_stride(inputs);
     let one_slab = slab_columns(inputs) >= inputs;
     let streaming = streaming && one_slab && rows_are_aligned(y, stride);
+    // Partial sums would lose bits in a format of halves.
+    let slabs: Vec<(usize, usize)> = match size_of::<Y>() < size_of::<f32>() {
+        true => {
+            assert!(
+                one_slab || slab_stride == 0,
+                "a product of many formed columns must be stored as f32"
+            );
+            vec![(0, inputs)]
+        }
+        false => slabs(inputs).collect(),
+    };
     let mut workspace = executor.workspace();
     let totals = workspace.totals(tasks.len() * 2 * outputs);
     let task_totals = SharedPtr::new(totals);
@@ -336,7 +351,7 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
             unsafe {
                 operand.prepare(isa, block, inputs);
                 let c = y.get().add(block.row * stride);
-                for (first, depth) in slabs(inputs) {
+                for &(first, depth) in &slabs {
                     let (a, a_stride) = operand.slab(isa, block, inputs, (first, depth), (slab, slab_stride));
                     let last = first + depth == inputs;
                     let epilogue = Epilogue {
@@ -387,11 +402,11 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
 /// # Shapes
 /// Tensors are `[rows, stride]`, of which the first `outputs` columns count.
 #[derive(Debug, Clone, Copy)]
-pub enum OutputGradient<'a> {
+pub enum OutputGradient<'a, G = f32, Y = f32> {
     /// Stored as it is.
     Plain {
         /// dY.
-        dy: &'a [f32],
+        dy: &'a [G],
         /// Values from one row to the next.
         stride: usize,
     },
@@ -401,9 +416,9 @@ pub enum OutputGradient<'a> {
     /// depth goes into per-image vectors.
     Normalized {
         /// Gradient by batch norm's output.
-        dz: &'a [f32],
+        dz: &'a [G],
         /// Output of this convolution, batch norm's input.
-        y: &'a [f32],
+        y: &'a [Y],
         /// Factor of `dz`.
         a: ChannelVectors<'a>,
         /// Factor of `y`.
@@ -414,6 +429,9 @@ pub enum OutputGradient<'a> {
         stride: usize,
     },
 }
+
+/// A gradient of which nothing is stored in halves.
+pub type FullGradient<'a> = OutputGradient<'a, f32, f32>;
 
 /// Where the gradients of weights and bias go.
 #[derive(Debug)]
@@ -450,13 +468,13 @@ pub struct GradientSums<'a> {
 
 /// Arguments of [`backward`].
 #[derive(Debug)]
-pub struct Backward<'a> {
+pub struct Backward<'a, G = f32, Y = f32> {
     /// The rows of all tensors.
     pub rows: &'a RowPlan,
     /// The weights, packed with [`Packing::ForwardAndBackward`] where `input_gradient` is asked for.
     pub weights: &'a PackedWeights,
     /// dY.
-    pub output_gradient: OutputGradient<'a>,
+    pub output_gradient: OutputGradient<'a, G, Y>,
     /// The left operand of the forward pass: `[rows, inputs]`.
     pub x: &'a [f32],
     /// Where dX goes, if it is needed.
@@ -472,7 +490,7 @@ pub struct Backward<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn backward(executor: &Executor, args: Backward<'_>) {
+pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G, Y>) {
     let Backward {
         rows: plan,
         weights,
@@ -625,9 +643,9 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
 }
 
 /// Nominal work of both gradients, or of the weight gradient alone.
-fn gradient_work(
+fn gradient_work<G, Y>(
     plan: &RowPlan,
-    output_gradient: &OutputGradient<'_>,
+    output_gradient: &OutputGradient<'_, G, Y>,
     inputs: usize,
     outputs: usize,
     with_input: bool,
@@ -645,7 +663,7 @@ fn gradient_work(
 
 /// Arguments of [`backward_activated`].
 #[derive(Debug)]
-pub struct BackwardActivated<'a> {
+pub struct BackwardActivated<'a, X = f32, G = f32> {
     /// The rows of all tensors.
     pub rows: &'a RowPlan,
     /// The weights, packed with [`Packing::ForwardAndBackward`].
@@ -653,9 +671,9 @@ pub struct BackwardActivated<'a> {
     /// dY.
     pub output_gradient: OutputGradient<'a>,
     /// The left operand of the forward pass, formed again from what is stored.
-    pub input: Activated<'a>,
+    pub input: Activated<'a, X>,
     /// Overwritten with dA = dY·Wᵀ, the gradient by the gated activation: `[rows, inputs]`.
-    pub da: &'a mut [f32],
+    pub da: &'a mut [G],
     /// Overwritten with five sums over the rows of each image, `[images, 5, inputs]`:
     /// Σ dA·act, Σ dA·s', Σ dA·s'·raw, Σ s', Σ s'·raw, where act and s' are the activation and its slope at
     /// z = scale·raw + shift.
@@ -677,7 +695,7 @@ pub struct BackwardActivated<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
+pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: BackwardActivated<'_, X, G>) {
     let BackwardActivated {
         rows: plan,
         weights,
@@ -740,7 +758,7 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
         let mut image = None;
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
             let next = plan.rows_after(tasks, task, index, pool.threads());
-            let mut ahead = Prefetch::new(&input.raw[next.start * inputs..next.end * inputs], &[]);
+            let mut ahead = Prefetch::of(&input.raw[next.start * inputs..next.end * inputs]);
             // SAFETY: the sizes are checked above; the rows of a block and the totals of a span belong to one task.
             unsafe {
                 if image.is_some_and(|image| image != block.image) {
@@ -780,7 +798,7 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
                     gemm::multiply(isa, &product, &mut ahead);
                     let at = block.row * inputs + first;
                     with_activation!(input.act, A => {
-                        let pass = ActivateBackward::<A> {
+                        let pass = ActivateBackward::<A, X, G> {
                             rows: block.rows,
                             columns,
                             raw: input.raw.as_ptr().add(at),
@@ -824,9 +842,9 @@ pub fn backward_activated(executor: &Executor, args: BackwardActivated<'_>) {
 }
 
 /// The left operand of a forward pass with its pointers ready to be shared by tasks.
-enum LeftOperand<'a> {
+enum LeftOperand<'a, X> {
     Plain(&'a [f32]),
-    Activated(Activated<'a>),
+    Activated(Activated<'a, X>),
     Normalized {
         raw: &'a [f32],
         scale: ChannelVectors<'a>,
@@ -836,8 +854,8 @@ enum LeftOperand<'a> {
     },
 }
 
-impl<'a> LeftOperand<'a> {
-    fn new(input: Input<'a>, plan: &RowPlan, channels: usize) -> Self {
+impl<'a, X: Stored> LeftOperand<'a, X> {
+    fn new(input: Input<'a, X>, plan: &RowPlan, channels: usize) -> Self {
         let len = plan.rows() * channels;
         match input {
             Input::Plain(x) => {
@@ -875,12 +893,11 @@ impl<'a> LeftOperand<'a> {
     fn ahead(&self, rows: Range<usize>, channels: usize) -> Prefetch {
         let range = rows.start * channels..rows.end * channels;
         match self {
-            Self::Plain(x) => Prefetch::new(&x[range], &[]),
-            Self::Activated(input) => Prefetch::new(&input.raw[range], &[]),
-            Self::Normalized { raw, residual, .. } => Prefetch::new(
-                &raw[range.clone()],
-                residual.map_or(&[], |residual| &residual[range]),
-            ),
+            Self::Plain(x) => Prefetch::of(&x[range]),
+            Self::Activated(input) => Prefetch::of(&input.raw[range]),
+            Self::Normalized { raw, residual, .. } => {
+                Prefetch::of(&raw[range.clone()]).and(residual.map_or(&[], |residual| &residual[range]))
+            }
         }
     }
 
@@ -942,7 +959,7 @@ impl<'a> LeftOperand<'a> {
                 Self::Normalized { x, .. } => (x.get().add(at), channels),
                 Self::Activated(input) => {
                     with_activation!(input.act, A => {
-                        let pass = Activate::<A> {
+                        let pass = Activate::<A, X> {
                             rows: block.rows,
                             columns,
                             raw: input.raw.as_ptr().add(at),
@@ -963,7 +980,7 @@ impl<'a> LeftOperand<'a> {
     }
 }
 
-impl Activated<'_> {
+impl<X> Activated<'_, X> {
     fn check(&self, plan: &RowPlan, channels: usize) {
         check("raw", self.raw.len(), plan.rows() * channels);
         self.scale.check("scale", plan, channels);
@@ -980,7 +997,7 @@ impl Activated<'_> {
     }
 }
 
-impl OutputGradient<'_> {
+impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
     fn check(&self, plan: &RowPlan, channels: usize) {
         let (Self::Plain { stride, .. } | Self::Normalized { stride, .. }) = *self;
         assert!(
@@ -1003,10 +1020,10 @@ impl OutputGradient<'_> {
     /// What a block with these rows will read.
     fn ahead(&self, rows: Range<usize>) -> Prefetch {
         match *self {
-            Self::Plain { dy, stride } => Prefetch::new(&dy[rows.start * stride..rows.end * stride], &[]),
+            Self::Plain { dy, stride } => Prefetch::of(&dy[rows.start * stride..rows.end * stride]),
             Self::Normalized { dz, y, stride, .. } => {
                 let range = rows.start * stride..rows.end * stride;
-                Prefetch::new(&dz[range.clone()], &y[range])
+                Prefetch::of(&dz[range.clone()]).and(&y[range])
             }
         }
     }
@@ -1225,9 +1242,11 @@ impl ReadPtr {
     }
 }
 
-/// Whether all rows start on 64-byte boundaries, which streaming stores of all widths need.
-pub(super) fn rows_are_aligned(values: &[f32], stride: usize) -> bool {
-    values.as_ptr().addr().is_multiple_of(ALIGNMENT) && (stride * size_of::<f32>()).is_multiple_of(ALIGNMENT)
+/// Whether all rows start on 64-byte boundaries, which streaming stores of all widths need, in a format that streams.
+pub(super) fn rows_are_aligned<T: Stored>(values: &[T], stride: usize) -> bool {
+    T::STREAMS
+        && values.as_ptr().addr().is_multiple_of(ALIGNMENT)
+        && (stride * size_of::<T>()).is_multiple_of(ALIGNMENT)
 }
 
 /// # Panics

@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 
 use crate::math::Activation;
 use crate::simd::{Simd, dispatch};
+use crate::storage::Stored;
 
 /// Rows that share one load of the channels' vectors.
 const ROWS: usize = 4;
@@ -68,34 +69,46 @@ dispatch! {
 }
 
 #[inline(always)]
-pub(crate) unsafe fn load<S: Simd, const WHOLE: bool>(source: *const f32, lanes: usize) -> S::V {
+pub(crate) unsafe fn load<S: Simd, const WHOLE: bool>(source: *const impl Stored, lanes: usize) -> S::V {
     // SAFETY: the caller promises `lanes` values, all of them if WHOLE.
+    unsafe { load_of::<S, WHOLE, _>(source, lanes) }
+}
+
+#[inline(always)]
+unsafe fn load_of<S: Simd, const WHOLE: bool, T: Stored>(source: *const T, lanes: usize) -> S::V {
+    // SAFETY: as in `load`.
     unsafe {
         if WHOLE {
-            S::load(source)
+            T::load::<S>(source)
         } else {
-            S::load_partial(source, lanes)
+            T::load_partial::<S>(source, lanes)
         }
     }
 }
 
 #[inline(always)]
-pub(crate) unsafe fn store<S: Simd, const WHOLE: bool>(target: *mut f32, v: S::V, lanes: usize) {
+pub(crate) unsafe fn store<S: Simd, const WHOLE: bool>(target: *mut impl Stored, v: S::V, lanes: usize) {
+    // SAFETY: as in `load`.
+    unsafe { store_of::<S, WHOLE, _>(target, v, lanes) }
+}
+
+#[inline(always)]
+unsafe fn store_of<S: Simd, const WHOLE: bool, T: Stored>(target: *mut T, v: S::V, lanes: usize) {
     // SAFETY: as in `load`.
     unsafe {
         if WHOLE {
-            S::store(target, v)
+            T::store::<S>(target, v)
         } else {
-            S::store_partial(target, v, lanes)
+            T::store_partial::<S>(target, v, lanes)
         }
     }
 }
 
 /// `out = gate·act(scale·raw + shift)`.
-pub(crate) struct Activate<A> {
+pub(crate) struct Activate<A, X> {
     pub rows: usize,
     pub columns: usize,
-    pub raw: *const f32,
+    pub raw: *const X,
     pub raw_stride: usize,
     pub scale: *const f32,
     pub shift: *const f32,
@@ -107,7 +120,7 @@ pub(crate) struct Activate<A> {
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation> Sweep for Activate<A> {
+impl<A: Activation, X: Stored> Sweep for Activate<A, X> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -186,11 +199,11 @@ impl Sweep for Normalize {
 }
 
 /// `out = a·dz + b·y + c`, or `dz` alone where `y` is null; columns up to whole vectors become 0.
-pub(crate) struct FormGradient {
+pub(crate) struct FormGradient<G, Y> {
     pub rows: usize,
     pub columns: usize,
-    pub dz: *const f32,
-    pub y: *const f32,
+    pub dz: *const G,
+    pub y: *const Y,
     pub stride: usize,
     pub a: *const f32,
     pub b: *const f32,
@@ -200,7 +213,7 @@ pub(crate) struct FormGradient {
     pub out_stride: usize,
 }
 
-impl Sweep for FormGradient {
+impl<G: Stored, Y: Stored> Sweep for FormGradient<G, Y> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -343,10 +356,10 @@ pub(crate) const ACTIVATION_SUMS: usize = 5;
 
 /// Takes dA from `tile`, stores it, adds to the five sums of dA and the activation, and leaves the gated activation, the
 /// operand of dW, in `tile`.
-pub(crate) struct ActivateBackward<A> {
+pub(crate) struct ActivateBackward<A, X, G> {
     pub rows: usize,
     pub columns: usize,
-    pub raw: *const f32,
+    pub raw: *const X,
     /// Values from one row of `raw` and `da` to the next.
     pub stride: usize,
     pub scale: *const f32,
@@ -356,7 +369,7 @@ pub(crate) struct ActivateBackward<A> {
     /// dA; writable up to whole vectors.
     pub tile: *mut f32,
     pub tile_stride: usize,
-    pub da: *mut f32,
+    pub da: *mut G,
     /// Whether to store dA past the caches; needs its rows on 64-byte boundaries.
     pub streaming: bool,
     /// Σ dA·act, Σ dA·s', Σ dA·s'·raw, Σ s', Σ s'·raw, `sums_stride` apart; writable up to whole vectors.
@@ -365,7 +378,7 @@ pub(crate) struct ActivateBackward<A> {
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation> Sweep for ActivateBackward<A> {
+impl<A: Activation, X: Stored, G: Stored> Sweep for ActivateBackward<A, X, G> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -401,7 +414,7 @@ impl<A: Activation> Sweep for ActivateBackward<A> {
                 let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
                 let da = S::load(tile);
                 if WHOLE && self.streaming {
-                    S::stream(self.da.add(at), da);
+                    G::stream::<S>(self.da.add(at), da);
                 } else {
                     store::<S, WHOLE>(self.da.add(at), da, lanes);
                 }

@@ -12,13 +12,14 @@ use crate::arena::SharedPtr;
 use crate::math::{Act, Activation, sigmoid, with_activation};
 use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
+use crate::storage::Stored;
 
 /// Tasks that the weight gradients are cut into.
 const GRADIENT_TASKS: usize = 8;
 
 /// Arguments of [`pool`].
 #[derive(Debug)]
-pub struct Pool<'a> {
+pub struct Pool<'a, X = f32> {
     /// Number of images.
     pub images: usize,
     /// Rows (pixels) of an image.
@@ -26,7 +27,7 @@ pub struct Pool<'a> {
     /// Number of channels.
     pub channels: usize,
     /// What is averaged, one group.
-    pub source: Source<'a>,
+    pub source: Source<'a, X>,
     /// Overwritten with the mean over the rows of each image: `[images, channels]`.
     pub mean: &'a mut [f32],
 }
@@ -44,7 +45,7 @@ fn work(images: usize, channels: usize, squeezed: usize, products: usize) -> Wor
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn pool(executor: &Executor, args: Pool<'_>) {
+pub fn pool<X: Stored>(executor: &Executor, args: Pool<'_, X>) {
     let Pool {
         images,
         rows_per_image,
@@ -68,7 +69,7 @@ pub fn pool(executor: &Executor, args: Pool<'_>) {
         for_blocks::<1>(executor, &rows, channels, Some(&mut totals), &|block, sums| {
             // SAFETY: the sizes are checked above.
             unsafe {
-                let pass = PoolPass::<A> {
+                let pass = PoolPass::<A, X> {
                     rows: block.rows,
                     columns: channels,
                     raw: source.raw.as_ptr().add(block.row * channels),
@@ -86,17 +87,17 @@ pub fn pool(executor: &Executor, args: Pool<'_>) {
     }
 }
 
-struct PoolPass<A> {
+struct PoolPass<A, X> {
     rows: usize,
     columns: usize,
-    raw: *const f32,
+    raw: *const X,
     scale: *const f32,
     shift: *const f32,
     sums: *mut f32,
     act: PhantomData<A>,
 }
 
-impl<A: Activation> Sweep for PoolPass<A> {
+impl<A: Activation, X: Stored> Sweep for PoolPass<A, X> {
     fn rows(&self) -> usize {
         self.rows
     }

@@ -10,6 +10,7 @@ use super::row_sweeps::{FormGradient, store, sweep};
 use crate::arena::{Bump, SharedPtr};
 use crate::probe::{Kernel, Work};
 use crate::simd::{Isa, Simd, dispatch};
+use crate::storage::Stored;
 
 /// Side and stride of the kernel, colours.
 const KERNEL: usize = 3;
@@ -55,7 +56,7 @@ pub struct StemInput<'a> {
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
-pub struct Forward<'a> {
+pub struct Forward<'a, Y = f32> {
     /// The images.
     pub input: StemInput<'a>,
     /// Number of output channels.
@@ -63,7 +64,7 @@ pub struct Forward<'a> {
     /// `[3, 3, 3, channels]`.
     pub weights: &'a [f32],
     /// Overwritten with the convolution: `[images, ⌈height/2⌉, ⌈width/2⌉, channels]`.
-    pub y: &'a mut [f32],
+    pub y: &'a mut [Y],
     /// Overwritten with Σy and Σy² over all rows: `[2, channels]`.
     pub sums: Option<&'a mut [f64]>,
     /// Whether to write `y` past the caches. Ignored where rows are not aligned.
@@ -77,7 +78,7 @@ pub struct Forward<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn forward(executor: &Executor, args: Forward<'_>) {
+pub fn forward<Y: Stored>(executor: &Executor, args: Forward<'_, Y>) {
     let Forward {
         input,
         channels,
@@ -309,13 +310,13 @@ dispatch! {
 }
 
 /// One output line.
-struct OutputLine {
+struct OutputLine<Y> {
     lines: [*const f32; KERNEL],
     pixels: usize,
     channels: usize,
     /// `[27, padded channels]`.
     weights: *const f32,
-    y: *mut f32,
+    y: *mut Y,
     streaming: bool,
     /// Σy and Σy² are added to these two padded vectors; null where not needed.
     sums: *mut f32,
@@ -323,7 +324,7 @@ struct OutputLine {
 
 /// P neighbouring pixels, one vector of channels each. Every element is one chain over (ky, kx, colour).
 #[inline(always)]
-unsafe fn tile<S: Simd, const P: usize>(line: &OutputLine, pixel: usize, channel: usize) -> [S::V; P] {
+unsafe fn tile<S: Simd, Y, const P: usize>(line: &OutputLine<Y>, pixel: usize, channel: usize) -> [S::V; P] {
     let stride = padded(line.channels);
     // SAFETY: inside the lines and weights.
     unsafe {
@@ -342,22 +343,22 @@ unsafe fn tile<S: Simd, const P: usize>(line: &OutputLine, pixel: usize, channel
 }
 
 #[inline(always)]
-unsafe fn pixels<S: Simd, const P: usize>(line: &OutputLine, pixel: usize) {
+unsafe fn pixels<S: Simd, Y: Stored, const P: usize>(line: &OutputLine<Y>, pixel: usize) {
     let channels = line.channels;
     for channel in (0..channels).step_by(S::LANES) {
         let lanes = S::LANES.min(channels - channel);
         // SAFETY: inside the line; sums hold whole vectors.
         unsafe {
-            let out = tile::<S, P>(line, pixel, channel);
+            let out = tile::<S, Y, P>(line, pixel, channel);
             let y = line.y.add(pixel * channels + channel);
             for (p, &v) in out.iter().enumerate() {
                 let y = y.add(p * channels);
                 if lanes < S::LANES {
                     store::<S, false>(y, v, lanes);
                 } else if line.streaming {
-                    S::stream(y, v);
+                    Y::stream::<S>(y, v);
                 } else {
-                    S::store(y, v);
+                    Y::store::<S>(y, v);
                 }
             }
             if !line.sums.is_null() {
@@ -376,16 +377,16 @@ unsafe fn pixels<S: Simd, const P: usize>(line: &OutputLine, pixel: usize) {
 }
 
 #[inline(always)]
-unsafe fn output_line_body<S: Simd>(line: &OutputLine) {
+unsafe fn output_line_body<S: Simd, Y: Stored>(line: &OutputLine<Y>) {
     let mut pixel = 0;
     // SAFETY: pixels of the line.
     unsafe {
         while pixel + 8 <= line.pixels {
-            pixels::<S, 8>(line, pixel);
+            pixels::<S, Y, 8>(line, pixel);
             pixel += 8;
         }
         while pixel < line.pixels {
-            pixels::<S, 1>(line, pixel);
+            pixels::<S, Y, 1>(line, pixel);
             pixel += 1;
         }
     }
@@ -396,7 +397,7 @@ dispatch! {
     ///
     /// # Safety
     /// `isa` must be available and the pointers valid.
-    unsafe fn output_line(line: &OutputLine) = output_line_body;
+    unsafe fn output_line[Y: Stored][Y](line: &OutputLine<Y>) = output_line_body;
 }
 
 /// Nominal work for `outputs` values of the convolution's output, `values` of which are read or written.
@@ -406,15 +407,15 @@ fn work(input: &StemInput<'_>, outputs: usize, values: usize) -> Work {
 
 /// Arguments of [`backward_weights`].
 #[derive(Debug)]
-pub struct BackwardWeights<'a> {
+pub struct BackwardWeights<'a, G = f32, Y = f32> {
     /// The images.
     pub input: StemInput<'a>,
     /// Number of output channels.
     pub channels: usize,
     /// Gradient by batch norm's output, `[output rows, channels]`.
-    pub dz: &'a [f32],
+    pub dz: &'a [G],
     /// Output of the convolution, `[output rows, channels]`.
-    pub y: &'a [f32],
+    pub y: &'a [Y],
     /// Factor of `dz` in dY = a·dz + b·y + c.
     pub a: ChannelVectors<'a>,
     /// Factor of `y`.
@@ -432,7 +433,7 @@ pub struct BackwardWeights<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn backward_weights(executor: &Executor, args: BackwardWeights<'_>) {
+pub fn backward_weights<G: Stored, Y: Stored>(executor: &Executor, args: BackwardWeights<'_, G, Y>) {
     let BackwardWeights {
         input,
         channels,

@@ -158,6 +158,9 @@ impl<F: Float> Engine for ReferenceEngine<F> {
             }),
         )?;
 
+        for gradient in dclass.iter_mut().chain(&mut dbox) {
+            *gradient *= options.loss_scale;
+        }
         let mut seeds = Self::unflatten(&tape, &outputs.class_logits, &dclass);
         seeds.extend(Self::unflatten(&tape, &outputs.box_codes, &dbox));
         round_into(&tape.backward(seeds), gradients);

@@ -8,6 +8,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::storage::{Bf16, F16};
+
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -54,6 +56,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Stores past the caches; `target` must be aligned to the vector's size. [`Pool`](crate::pool::Pool) fences after
     /// each task.
     unsafe fn stream(target: *mut f32, v: Self::V);
+    /// Loads `LANES` halves of IEEE binary16.
+    unsafe fn load_f16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises LANES readable halves.
+        unsafe { load_lanes::<Self>(source, |bits| F16(bits).to_f32()) }
+    }
+    /// Stores as IEEE binary16, rounded to nearest, ties to even.
+    unsafe fn store_f16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises LANES writable halves.
+        unsafe { store_lanes::<Self>(target, v, |x| F16::from_f32(x).0) }
+    }
+    /// Loads `LANES` upper halves of f32.
+    unsafe fn load_bf16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises LANES readable halves.
+        unsafe { load_lanes::<Self>(source, |bits| Bf16(bits).to_f32()) }
+    }
+    /// Stores upper halves of f32, rounded to nearest, ties to even.
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises LANES writable halves.
+        unsafe { store_lanes::<Self>(target, v, |x| Bf16::from_f32(x).0) }
+    }
     /// Asks for the cache line at `address` to be brought to L2; any address is allowed.
     unsafe fn prefetch(address: *const f32);
 
@@ -87,6 +109,29 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V);
 }
 
+#[inline(always)]
+unsafe fn load_lanes<S: Simd>(source: *const u16, convert: impl Fn(u16) -> f32) -> S::V {
+    let mut lanes = [0.0f32; 16];
+    for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES) {
+        // SAFETY: the caller promises LANES readable halves.
+        *lane = convert(unsafe { source.add(i).read() });
+    }
+    // SAFETY: 16 values are at least LANES.
+    unsafe { S::load(lanes.as_ptr()) }
+}
+
+#[inline(always)]
+unsafe fn store_lanes<S: Simd>(target: *mut u16, v: S::V, convert: impl Fn(f32) -> u16) {
+    let mut lanes = [0.0f32; 16];
+    // SAFETY: 16 values are at least LANES, and the caller promises LANES writable halves.
+    unsafe {
+        S::store(lanes.as_mut_ptr(), v);
+        for (i, &lane) in lanes.iter().enumerate().take(S::LANES) {
+            target.add(i).write(convert(lane));
+        }
+    }
+}
+
 /// Bits of √½, the lower end of the mantissas of [`Simd::split_exponent`].
 const SQRT_HALF_BITS: i32 = 0x3f35_04f3;
 
@@ -95,7 +140,7 @@ const SQRT_HALF_BITS: i32 = 0x3f35_04f3;
 pub enum Isa {
     /// Plain Rust with `f32::mul_add`; runs everywhere, slowly.
     Portable,
-    /// x86-64 with AVX2 and FMA: 8 lanes.
+    /// x86-64 with AVX2, FMA and F16C: 8 lanes.
     Avx2,
     /// x86-64 with AVX-512 F, VL, DQ and BW: 16 lanes.
     Avx512,
@@ -124,7 +169,11 @@ impl Isa {
         match self {
             Isa::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 Isa::Avx2.is_available()
@@ -211,13 +260,13 @@ macro_rules! dispatch {
         #[allow(clippy::too_many_arguments, reason = "one more than the body has")]
         $vis unsafe fn $name $(<$($declared)*>)? (isa: $crate::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2 $(<$($declared)*>)? ($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the features are enabled here; the rest is the caller's promise to the body.
                 unsafe { $body::<$crate::simd::Avx2 $(, $($used),*)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]
             unsafe fn avx512 $(<$($declared)*>)? ($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: as above.
                 unsafe { $body::<$crate::simd::Avx512 $(, $($used),*)?>($($arg),*) }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{SQRT_HALF_BITS, Simd};
 
-/// 8 lanes: AVX2 and FMA.
+/// 8 lanes: AVX2, FMA and F16C.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2;
 
@@ -89,6 +89,45 @@ impl Simd for Avx2 {
         unsafe { _mm256_stream_ps(target, v) }
     }
     #[inline(always)]
+    unsafe fn load_f16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 8 readable halves.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(source.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 8 writable halves.
+        unsafe {
+            let halves = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v);
+            _mm_storeu_si128(target.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 8 readable halves.
+        unsafe {
+            let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(source.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 8 writable halves.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            // The carry of a NaN would make it infinite.
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+            let (low, high) = (
+                _mm256_castsi256_si128(upper),
+                _mm256_extracti128_si256::<1>(upper),
+            );
+            _mm_storeu_si128(target.cast(), _mm_packus_epi32(low, high));
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(address: *const f32) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
@@ -168,6 +207,43 @@ impl Simd for Avx512 {
     unsafe fn stream(target: *mut f32, v: Self::V) {
         // SAFETY: the caller promises 16 writable values, aligned.
         unsafe { _mm512_stream_ps(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 16 readable halves.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(source.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 16 writable halves.
+        unsafe {
+            let halves = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
+            _mm256_storeu_si256(target.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 16 readable halves.
+        unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(source.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 16 writable halves. The processor's own conversion flushes denormals, this one does not.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            // The carry of a NaN would make it infinite.
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000));
+            _mm256_storeu_si256(
+                target.cast(),
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(kept)),
+            );
+        }
     }
     #[inline(always)]
     unsafe fn prefetch(address: *const f32) {

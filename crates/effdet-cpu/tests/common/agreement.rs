@@ -244,7 +244,7 @@ fn run(engine: &mut dyn Engine, network: &Network, weights: &Weights, batch: usi
     let options = StepOptions {
         seed: 3,
         epoch: 2,
-        sync: None,
+        ..StepOptions::default()
     };
     let losses = engine
         .train_step(&mut moved, &batch, &options, &mut gradients)

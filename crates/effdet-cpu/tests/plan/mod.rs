@@ -7,7 +7,7 @@ use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::reference::ReferenceEngine;
 use effdet_cpu::simd::Isa;
-use effdet_model::engine::{Engine, EngineError, HeadOutputs, ImageBatch};
+use effdet_model::engine::{Engine, EngineError, HeadOutputs, ImageBatch, Precision};
 use effdet_model::hparams::{ActType, FusionMethod, HParams, ImageSize, Profile};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -17,6 +17,7 @@ use crate::common::golden::{self, hashed};
 const TWO_THREADS: CpuOptions = CpuOptions {
     threads: 2,
     isa: None,
+    precision: Precision::Fp32,
 };
 
 fn network(preset: &str, (height, width): (usize, usize), change: impl Fn(&mut HParams)) -> Arc<Network> {
@@ -201,6 +202,7 @@ fn every_instruction_set_and_number_of_threads_gives_the_same_bits() {
                 CpuOptions {
                     threads,
                     isa: Some(isa),
+                    ..CpuOptions::default()
                 },
             )
         };

@@ -140,6 +140,7 @@ fn parse_step(row: &str) -> Option<StepRecord> {
         learning_rate: cells.next()?.parse().ok()?,
         gradient_norm: cells.next()?.parse().ok()?,
         raw_gradient_norm: cells.next()?.parse().ok()?,
+        loss_scale: 1.0,
         seconds: cells.next()?.parse().ok()?,
         wait_s: cells.next()?.parse().ok()?,
         images: cells.next()?.parse().ok()?,

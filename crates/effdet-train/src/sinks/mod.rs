@@ -89,6 +89,7 @@ mod testing {
             learning_rate: 0.01 * x,
             gradient_norm: 2.0,
             raw_gradient_norm: 3.0,
+            loss_scale: 1.0,
             seconds: 0.5,
             wait_s: 0.125,
             images: 4,

@@ -130,6 +130,7 @@ impl TensorBoard {
         for (name, value) in [
             ("learning_rate", f64::from(record.learning_rate)),
             ("gradient_norm", f64::from(record.gradient_norm)),
+            ("loss_scale", f64::from(record.loss_scale)),
             ("global_step/sec", steps as f64 / seconds),
             ("examples/sec", images / seconds),
         ] {

@@ -1,5 +1,6 @@
 //! How a run goes.
 
+use effdet_model::engine::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::guard::OnNonFinite;
@@ -42,6 +43,9 @@ pub struct TrainConfig {
     pub rule: EvaluationRule,
     /// Metric to stop on and evaluations without improvement.
     pub early_stop: Option<EarlyStop>,
+    /// How the engine stores activations and gradients.
+    #[serde(default)]
+    pub precision: Precision,
     /// Seed of every draw.
     pub seed: u64,
     /// Loader threads.

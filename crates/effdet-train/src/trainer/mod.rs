@@ -27,6 +27,7 @@ use crate::error::TrainError;
 use crate::eval::{Evaluation, Evaluator, preparation};
 use crate::events::{Event, EventSink};
 use crate::guard::{MAX_REWINDS, MAX_SKIPS, NonFinite, OnNonFinite, SpikeWatch};
+use crate::loss_scale::LossScale;
 use crate::ranks::broadcast_state;
 use crate::requests::Requests;
 use crate::schedule::Schedule;
@@ -122,6 +123,9 @@ impl<'c> Trainer<'c> {
         sinks: &mut [&mut dyn EventSink],
     ) -> Result<Outcome, TrainError> {
         let started = Instant::now();
+        if state.loss_scale.is_none() {
+            state.loss_scale = LossScale::new(self.config.precision);
+        }
         let store = CheckpointStore::new(&inputs.checkpoints);
         let total_steps = self.total_steps();
         let (group, batch) = (inputs.group, self.config.global_batch());
@@ -178,6 +182,17 @@ impl<'c> Trainer<'c> {
                     norm.see(record.step, record.raw_gradient_norm),
                 ];
                 emit(sinks, &Event::Step(record))?;
+                if let Some(now) = state.loss_scale.filter(|now| now.scale() != record.loss_scale) {
+                    emit(
+                        sinks,
+                        &Event::LossScaled {
+                            step: state.step,
+                            scale: now.scale(),
+                            before: record.loss_scale,
+                            skipped_steps: now.skipped_steps(),
+                        },
+                    )?;
+                }
                 for text in jumps.into_iter().flatten() {
                     emit(sinks, &Event::Warning(text))?;
                 }

@@ -35,7 +35,7 @@ impl Trainer<'_> {
             class_map: class_entries(&inputs.label_map),
             data_fingerprint: inputs.train.fingerprint(),
             config_hash: effdet_ckpt::sha256_hex(configuration.as_bytes()),
-            loss_scale: None,
+            loss_scale: state.loss_scale.map(Into::into),
             metric,
             extra: json!({
                 "best": state.best,

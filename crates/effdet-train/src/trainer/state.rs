@@ -4,6 +4,7 @@ use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
 use crate::error::TrainError;
+use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
 
 /// Everything that training changes.
@@ -19,6 +20,8 @@ pub struct TrainState {
     pub step: u64,
     /// Position in the stream of samples.
     pub sample_position: u64,
+    /// Loss scaling; none where the precision needs none.
+    pub loss_scale: Option<LossScale>,
     /// Best value of the selection metric and evaluations since.
     pub best: Option<f64>,
     /// Evaluations without improvement.
@@ -40,6 +43,7 @@ impl TrainState {
             weights,
             step: 0,
             sample_position: 0,
+            loss_scale: None,
             best: None,
             stale: 0,
             evaluation_due: false,
@@ -75,6 +79,7 @@ impl TrainState {
         }
         state.step = checkpoint.state.step;
         state.sample_position = checkpoint.state.sample_position;
+        state.loss_scale = checkpoint.state.loss_scale.map(LossScale::from);
         let extra = &checkpoint.state.extra;
         state.best = extra.get("best").and_then(serde_json::Value::as_f64);
         state.stale = extra

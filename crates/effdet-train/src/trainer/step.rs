@@ -12,6 +12,7 @@ use super::{RunInputs, TrainState, Trainer};
 use crate::error::TrainError;
 use crate::events::StepRecord;
 use crate::guard::{NonFinite, all_finite, encode_batch, first_non_finite};
+use crate::loss_scale::LossScale;
 use crate::ranks::{
     BatchNormSums, Reduction, first_bytes, gather_ids, join_words, reduce_losses, sum_positives,
     train_step_on_ranks,
@@ -55,6 +56,7 @@ impl Trainer<'_> {
         let Scratch { gradients, sum, fake } = scratch;
         let (gradients, sum) = (&mut gradients[..], &mut sum[..]);
         let clock = Instant::now();
+        let loss_scale = state.loss_scale.map_or(1.0, |scaling| scaling.scale());
         let waited = loader.wait_us();
         let epoch = self.scheduled(state.step) / self.steps_per_epoch;
         let mut losses = StepLosses::default();
@@ -96,6 +98,7 @@ impl Trainer<'_> {
                 seed: self.config.seed,
                 epoch: 0,
                 sync: sync.then_some(&sums as &dyn SumOverRanks),
+                loss_scale,
             };
             let (engine, weights) = (&mut *inputs.engine, &mut state.weights);
             let part = if overlaps {
@@ -145,7 +148,38 @@ impl Trainer<'_> {
             statistics.iter_mut().for_each(|value| *value *= rank_share);
             reduce_losses(inputs.group, &mut losses, statistics)?;
         }
+        if loss_scale != 1.0 {
+            gradients.iter_mut().for_each(|g| *g /= loss_scale);
+        }
         let update = state.optimizer.prepare(&state.weights, gradients);
+        let learning_rate = self.schedule.at(self.scheduled(state.step));
+        let record = StepRecord {
+            step: state.step + 1,
+            epoch,
+            loss: losses.det_loss + update.l2_loss,
+            det_loss: losses.det_loss,
+            class_loss: losses.class_loss,
+            box_loss: losses.box_loss,
+            box_iou_loss: losses.box_iou_loss,
+            l2_loss: update.l2_loss,
+            learning_rate,
+            gradient_norm: update.gradient_norm,
+            raw_gradient_norm: update.raw_gradient_norm,
+            loss_scale,
+            seconds: clock.elapsed().as_secs_f64(),
+            wait_s: (loader.wait_us() - waited) as f64 * 1e-6,
+            images: self.config.global_batch() * self.config.accumulate,
+        };
+        // A skipped update counts as a step of the schedule, as in the reference.
+        if record.loss.is_finite()
+            && !update.raw_gradient_norm.is_finite()
+            && state.loss_scale.as_mut().is_some_and(LossScale::overflowed)
+        {
+            state.weights.statistics = statistics;
+            state.step += 1;
+            state.sample_position = position;
+            return Ok(Update::Done(record));
+        }
         let statistic = match all_finite(&state.weights.statistics) {
             true => 0.0,
             false => f32::NAN,
@@ -179,7 +213,6 @@ impl Trainer<'_> {
         if let Some(batch) = suspect {
             loader.recycle(batch);
         }
-        let learning_rate = self.schedule.at(self.scheduled(state.step));
         state
             .optimizer
             .apply(&mut state.weights, gradients, learning_rate, state.step);
@@ -188,21 +221,12 @@ impl Trainer<'_> {
         if let Some(average) = &mut state.average {
             state.optimizer.average(average, &state.weights, state.step);
         }
+        if let Some(loss_scale) = &mut state.loss_scale {
+            loss_scale.applied();
+        }
         Ok(Update::Done(StepRecord {
-            step: state.step,
-            epoch,
-            loss: losses.det_loss + update.l2_loss,
-            det_loss: losses.det_loss,
-            class_loss: losses.class_loss,
-            box_loss: losses.box_loss,
-            box_iou_loss: losses.box_iou_loss,
-            l2_loss: update.l2_loss,
-            learning_rate,
-            gradient_norm: update.gradient_norm,
-            raw_gradient_norm: update.raw_gradient_norm,
             seconds: clock.elapsed().as_secs_f64(),
-            wait_s: (loader.wait_us() - waited) as f64 * 1e-6,
-            images: self.config.global_batch() * self.config.accumulate,
+            ..record
         }))
     }
 }

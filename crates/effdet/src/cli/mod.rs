@@ -151,6 +151,9 @@ pub struct BenchOptions {
     /// Counted steps.
     #[arg(long, default_value_t = 5, alias = "iters", alias = "bm_runs")]
     pub steps: usize,
+    /// How training stores activations and gradients: fp32, fp16 or bf16.
+    #[arg(long, value_name = "PRECISION", value_parser = train::parse_precision)]
+    pub precision: Option<effdet_model::engine::Precision>,
     /// Print one JSON line.
     #[arg(long)]
     pub json: bool,

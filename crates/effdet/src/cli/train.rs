@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
+use effdet_model::engine::Precision;
 
 use super::RankArgs;
 
@@ -260,7 +261,11 @@ pub struct TrainArgs {
     /// Train without the quick form of `effdet data doctor` first.
     #[arg(long)]
     pub no_doctor: bool,
-    /// Half precision; not available on this engine yet, only `false` is accepted.
+    /// How activations and gradients are stored: fp32, fp16 or bf16. The half precisions take less memory; sums, batch norm and
+    /// weights stay float32, and fp16 scales the loss dynamically.
+    #[arg(long, value_name = "PRECISION", value_parser = parse_precision)]
+    pub precision: Option<Precision>,
+    /// The same as --precision fp16.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub amp: Option<bool>,
     /// Only warnings and the final table.
@@ -332,6 +337,22 @@ fn bytes(text: &str) -> Result<u64, String> {
     match parsed {
         Some(bytes) if bytes >= 1.0 && bytes.is_finite() => Ok(bytes as u64),
         _ => Err("a size such as 800MB or 2GB".to_owned()),
+    }
+}
+
+/// A precision as the command line names it.
+pub(super) fn parse_precision(name: &str) -> Result<Precision, String> {
+    name.parse()
+        .map_err(|error: effdet_model::engine::UnknownPrecision| error.to_string())
+}
+
+impl TrainArgs {
+    /// The precision that --precision and --amp ask for; none where both are left out.
+    pub fn precision(&self) -> Option<Precision> {
+        let by_amp = self
+            .amp
+            .map(|amp| if amp { Precision::Fp16 } else { Precision::Fp32 });
+        self.precision.or(by_amp)
     }
 }
 

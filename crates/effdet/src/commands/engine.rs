@@ -6,26 +6,27 @@ use anyhow::{Context, Result};
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::simd::Isa;
+use effdet_model::engine::Precision;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
 use crate::cli::EngineArgs;
 
-/// The CPU engine for `network` with the threads and the instruction set of the command line.
-pub fn cpu_engine(network: &Arc<Network>, args: &EngineArgs) -> Result<CpuEngine> {
-    Ok(CpuEngine::new(Arc::clone(network), cpu_options(args)?)?)
+/// The CPU engine for `network` with the threads and the instruction set of the command line, which trains in `precision`.
+pub fn cpu_engine(network: &Arc<Network>, args: &EngineArgs, precision: Precision) -> Result<CpuEngine> {
+    Ok(CpuEngine::new(
+        Arc::clone(network),
+        cpu_options(args, precision)?,
+    )?)
 }
 
 /// The plan that runs `network` with these weights, with the threads and the instruction set of the command line.
 pub fn inference_plan(network: &Arc<Network>, weights: &Weights, args: &EngineArgs) -> Result<InferencePlan> {
-    Ok(InferencePlan::new(
-        Arc::clone(network),
-        weights,
-        cpu_options(args)?,
-    )?)
+    let options = cpu_options(args, Precision::Fp32)?;
+    Ok(InferencePlan::new(Arc::clone(network), weights, options)?)
 }
 
-fn cpu_options(args: &EngineArgs) -> Result<CpuOptions> {
+fn cpu_options(args: &EngineArgs, precision: Precision) -> Result<CpuOptions> {
     let isa = args
         .isa
         .as_deref()
@@ -34,5 +35,6 @@ fn cpu_options(args: &EngineArgs) -> Result<CpuOptions> {
     Ok(CpuOptions {
         threads: args.threads.unwrap_or(0),
         isa,
+        precision,
     })
 }

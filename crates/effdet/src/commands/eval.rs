@@ -110,7 +110,7 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result
     ranks::verify_evaluation(job, &weights_hash(&weights), &dataset)?;
     let mut engine_args = args.engine.clone();
     engine_args.threads = job.threads(args.engine.threads);
-    let mut engine = cpu_engine(&network, &engine_args)?;
+    let mut engine = cpu_engine(&network, &engine_args, effdet_model::engine::Precision::Fp32)?;
     let names = (dataset.categories.iter())
         .map(|category| (i64::from(category.id.0), category.name.clone()))
         .collect();

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use effdet_data::decode::{DecodeOptions, decode_rgb};
 use effdet_model::detect::Detection;
+use effdet_model::engine::Precision;
 use effdet_model::label_map::LabelMap;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
@@ -63,7 +64,7 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
     }
     let network = trained.network()?;
     let weights = trained.weights(&network, args.raw_weights)?;
-    let mut engine = cpu_engine(&network, &args.engine)?;
+    let mut engine = cpu_engine(&network, &args.engine, Precision::Fp32)?;
     let mut detector = Detector::new(&mut engine, &network, &weights, nms)?;
 
     fs::create_dir_all(&args.output_dir)

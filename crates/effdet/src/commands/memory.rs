@@ -5,11 +5,13 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::inference::InferencePlan;
+use effdet_model::engine::Precision;
 use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
 use super::host;
+use super::run_config::RunConfig;
 use crate::cli::{BatchSize, TrainArgs};
 
 /// Program, threads' stacks, tables, one decoded image per loader thread.
@@ -22,10 +24,16 @@ const LARGEST_BATCH: usize = 256;
 /// What a rank's training takes, evaluation included.
 ///
 /// `images`: of a micro-batch. The figure holds what grows with network and batch; images of the data set are read one by one.
-pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize) -> Result<u64> {
+pub fn needed_bytes(
+    hparams: &HParams,
+    images: usize,
+    accumulate: usize,
+    precision: Precision,
+) -> Result<u64> {
     let network = Arc::new(Network::new(hparams)?);
     let options = CpuOptions {
         threads: 1,
+        precision,
         ..CpuOptions::default()
     };
     let engine = CpuEngine::new(Arc::clone(&network), options)?;
@@ -77,9 +85,10 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                 )
             };
             let accumulate = args.accumulate.max(1);
+            let precision = args.precision().unwrap_or_default();
             let mut chosen = None;
             let mut images = 1;
-            while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate)? <= bytes {
+            while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate, precision)? <= bytes {
                 chosen = Some(images);
                 images *= 2;
             }
@@ -93,25 +102,23 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                     }
                     Ok(images)
                 }
-                None => Err(refusal(hparams, 1, accumulate, bytes, whose)?),
+                None => Err(refusal(hparams, (1, accumulate, precision), bytes, whose)?),
             }
         }
     }
 }
 
 /// Says what a run needs; refuses one that does not fit, with what would.
-pub fn check(
-    args: &TrainArgs,
-    hparams: &HParams,
-    images: usize,
-    accumulate: usize,
-) -> Result<Option<String>> {
+pub fn check(args: &TrainArgs, config: &RunConfig) -> Result<Option<String>> {
     let Some((bytes, whose)) = allowed(args) else {
         return Ok(None);
     };
-    let needed = needed_bytes(hparams, images, accumulate)?;
+    let train = &config.train;
+    let (images, accumulate, precision) = (train.batch_size, train.accumulate, train.precision);
+    let needed = needed_bytes(&config.hparams, images, accumulate, precision)?;
     if needed > bytes && !args.ignore_memory {
-        return Err(refusal(hparams, images, accumulate, bytes, whose)?);
+        let batch = (images, accumulate, precision);
+        return Err(refusal(&config.hparams, batch, bytes, whose)?);
     }
     Ok(Some(format!("needs {} of {} {whose}", gb(needed), gb(bytes))))
 }
@@ -119,17 +126,22 @@ pub fn check(
 /// The message with the three cheapest remedies, cheapest in what they change.
 fn refusal(
     hparams: &HParams,
-    images: usize,
-    accumulate: usize,
+    (images, accumulate, precision): (usize, usize, Precision),
     bytes: u64,
     whose: &str,
 ) -> Result<anyhow::Error> {
-    let needed = needed_bytes(hparams, images, accumulate)?;
+    let needed = needed_bytes(hparams, images, accumulate, precision)?;
     let mut remedies = Vec::new();
+    if precision == Precision::Fp32 {
+        let takes = needed_bytes(hparams, images, accumulate, Precision::Fp16)?;
+        if takes <= bytes {
+            remedies.push(format!("--precision fp16 takes {}", gb(takes)));
+        }
+    }
     let mut smaller = images / 2;
     while smaller > 0 {
         let times = accumulate * images.div_ceil(smaller);
-        let takes = needed_bytes(hparams, smaller, times)?;
+        let takes = needed_bytes(hparams, smaller, times, precision)?;
         if takes <= bytes {
             remedies.push(format!(
                 "--batch-size {smaller} --accumulate {times} takes {} for updates of as many images",
@@ -154,6 +166,7 @@ fn refusal(
             },
             images,
             accumulate,
+            precision,
         )?;
         if takes <= bytes && image_size != hparams.image_size {
             remedies.push(format!("--image-size {image_size} takes {}", gb(takes)));
@@ -163,12 +176,13 @@ fn refusal(
     for model in ["d4", "d3", "d2", "d1", "d0", "lite0"] {
         let mut other = HParams::preset(model)?;
         (other.image_size, other.num_classes) = (hparams.image_size, hparams.num_classes);
-        let takes = needed_bytes(&other, images, accumulate)?;
+        let takes = needed_bytes(&other, images, accumulate, precision)?;
         if takes <= bytes && other.name != hparams.name && takes < needed {
             remedies.push(format!("--model {model} at this image size takes {}", gb(takes)));
             break;
         }
     }
+    remedies.truncate(3);
     let remedies = match remedies.is_empty() {
         true => "no smaller batch, image or model fits: use a machine with more memory".to_owned(),
         false => remedies.join("; "),
@@ -188,15 +202,17 @@ mod tests {
     fn a_run_that_does_not_fit_is_told_what_would() {
         let mut hparams = HParams::preset("d1").unwrap();
         hparams.image_size = ImageSize::square(256);
-        let needed = needed_bytes(&hparams, 8, 1).unwrap();
-        assert!(needed > needed_bytes(&hparams, 4, 1).unwrap());
-        let message = refusal(&hparams, 8, 1, needed * 7 / 10, "free")
+        let needed = needed_bytes(&hparams, 8, 1, Precision::Fp32).unwrap();
+        assert!(needed > needed_bytes(&hparams, 4, 1, Precision::Fp32).unwrap());
+        let message = refusal(&hparams, (8, 1, Precision::Fp32), needed * 7 / 10, "free")
             .unwrap()
             .to_string();
         for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model d0"] {
             assert!(message.contains(remedy), "{message}");
         }
-        let hopeless = refusal(&hparams, 8, 1, 1 << 20, "free").unwrap().to_string();
+        let hopeless = refusal(&hparams, (8, 1, Precision::Fp32), 1 << 20, "free")
+            .unwrap()
+            .to_string();
         assert!(hopeless.contains("more memory"), "{hopeless}");
     }
 }

@@ -50,12 +50,7 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
         schedule.at(0),
         config.hparams.learning_rate
     );
-    if args.amp == Some(true) {
-        let _ = writeln!(
-            text,
-            "# precision: half asked for, which this engine does not have yet: the run would be refused"
-        );
-    }
+    let _ = writeln!(text, "# precision: {}", train.precision);
     let _ = writeln!(text, "# memory: {}", memory(args, config)?);
     let _ = writeln!(
         text,
@@ -67,12 +62,17 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
 
 /// What one rank takes, against what this machine has.
 fn memory(args: &TrainArgs, config: &RunConfig) -> Result<String> {
-    let (images, accumulate) = (config.train.batch_size, config.train.accumulate);
-    Ok(match memory::check(args, &config.hparams, images, accumulate) {
+    let train = &config.train;
+    Ok(match memory::check(args, config) {
         Ok(Some(text)) => text,
         Ok(None) => format!(
             "needs {}",
-            memory::gb(memory::needed_bytes(&config.hparams, images, accumulate)?)
+            memory::gb(memory::needed_bytes(
+                &config.hparams,
+                train.batch_size,
+                train.accumulate,
+                train.precision
+            )?)
         ),
         // A plan may be for another machine.
         Err(refusal) => refusal.to_string(),

@@ -60,6 +60,8 @@ pub fn asked(args: &TrainArgs, own: &RunConfig) -> Result<RunConfig> {
         "eval_batch_size" => asked.eval_batch_size, args.eval_batch_size.unwrap_or(own.eval_batch_size);
         "eval_samples" => asked.eval_samples, args.eval_samples;
         "accumulate" => asked.train.accumulate, args.accumulate.max(1);
+        "precision" => asked.train.precision, args.precision().unwrap_or_default();
+        "amp" => asked.train.precision, args.precision().unwrap_or_default();
         "sync_bn" => asked.train.sync_bn, args.sync_bn;
         "half_gradients" => asked.train.half_gradients, args.half_gradients;
         "num_examples_per_epoch" => asked.train.num_examples_per_epoch, args.num_examples_per_epoch;

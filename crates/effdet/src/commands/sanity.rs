@@ -72,7 +72,7 @@ pub fn run(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     (train.num_examples_per_epoch, train.max_steps) = (None, None);
     (train.checkpoint_period, train.checkpoint_every_steps) = (0, None);
     (train.rule, train.early_stop) = (EvaluationRule::Every(LOOK_EVERY), None);
-    if let Some(text) = memory::check(args, &config.hparams, images, 1)? {
+    if let Some(text) = memory::check(args, &config)? {
         tell!("memory: {text}");
     }
 
@@ -85,7 +85,7 @@ pub fn run(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
         load_pretrained(path, &network, &mut weights)?;
     }
     let scratch = tempfile::tempdir().context("cannot create a temporary folder")?;
-    let mut engine = cpu_engine(&network, &args.engine)?;
+    let mut engine = cpu_engine(&network, &args.engine, config.train.precision)?;
     let requests = Arc::new(Requests::default());
     let mut inputs = RunInputs {
         network: &network,

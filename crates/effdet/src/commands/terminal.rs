@@ -115,9 +115,21 @@ impl EventSink for Terminal {
                     "step {step}, epoch {epoch}: AP {ap:.4}  AP50 {ap50:.4}  AP75 {ap75:.4}"
                 ));
             }
+            Event::LossScaled {
+                step,
+                scale,
+                before,
+                skipped_steps,
+            } if !self.quiet => self.say(&if scale < before {
+                format!(
+                    "step {step}: gradients overflowed, update skipped ({skipped_steps} so far); loss scale {before} → {scale}"
+                )
+            } else {
+                format!("step {step}: loss scale {before} → {scale}")
+            }),
             Event::Warning(text) => self.say(&format!("warning: {text}")),
             Event::Finished { .. } => self.bar.finish_and_clear(),
-            Event::Evaluated { .. } | Event::Saved { .. } => {}
+            Event::Evaluated { .. } | Event::Saved { .. } | Event::LossScaled { .. } => {}
         }
         Ok(())
     }

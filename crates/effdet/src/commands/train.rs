@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use effdet_ckpt::{CheckpointStore, RunLock, load_backbone, weights_hash};
+use effdet_model::engine::Precision;
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -31,8 +32,11 @@ pub const RUNS: &str = "runs";
 pub const CONFIG_FILE: &str = "config.toml";
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
-    if args.amp == Some(true) && !args.dry_run {
-        bail!("--amp: half precision is not available on this engine yet; leave the option out");
+    if let (Some(precision), Some(amp)) = (args.precision, args.amp) {
+        ensure!(
+            amp == (precision != Precision::Fp32),
+            "--amp {amp} contradicts --precision {precision}: leave --amp out"
+        );
     }
     ranks::run(&args.ranks, |job| {
         let control = Control::listen(job.group.size())?;
@@ -69,12 +73,7 @@ fn start(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode>
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let memory = memory::check(
-        args,
-        &config.hparams,
-        config.train.batch_size,
-        config.train.accumulate,
-    )?;
+    let memory = memory::check(args, &config)?;
     let network = Arc::new(Network::new(&config.hparams)?);
     let mut weights = Weights::init(&network.variables, config.train.seed);
     // The other ranks receive what rank 0 has.
@@ -189,12 +188,7 @@ fn resume(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode
             config.train.global_batch() * config.train.accumulate
         );
     }
-    let memory = memory::check(
-        args,
-        &config.hparams,
-        config.train.batch_size,
-        config.train.accumulate,
-    )?;
+    let memory = memory::check(args, &config)?;
     let run = Run {
         config: &config,
         label_map,
@@ -266,7 +260,7 @@ fn execute(
     }
     let mut engine_args = args.engine.clone();
     engine_args.threads = job.threads(args.engine.threads);
-    let mut engine = cpu_engine(network, &engine_args)?;
+    let mut engine = cpu_engine(network, &engine_args, config.train.precision)?;
     let trainer = Trainer::new(&config.train, network, data.train.examples.len());
     let quiet = args.quiet || !job.is_root();
     let ranks = job.group.size();

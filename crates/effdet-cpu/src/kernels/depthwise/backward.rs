@@ -9,10 +9,11 @@ use super::forward::{STRIP_PIXELS, must_stage, stream_strip};
 use super::lines::{ActivateStrip, Strip};
 use super::plan::LANE_GROUP;
 use crate::simd::{Isa, Simd, dispatch};
+use crate::storage::Stored;
 
 /// One input line of a part.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct InputLine<const K: usize> {
+pub(super) struct InputLine<X, G, const K: usize> {
     /// The gradient lines that this input line went into; the others are null. Each starts `K − 1` taps (whole strides)
     /// left of the first pixel.
     pub gradients: [*const f32; K],
@@ -33,14 +34,14 @@ pub(super) struct InputLine<const K: usize> {
     /// Weight gradient, added to: `[lane groups, K·K, 16]`.
     pub dw: *mut f32,
     /// First pixel of the input tensor.
-    pub raw: *const f32,
+    pub raw: *const X,
     pub scale: *const f32,
     pub shift: *const f32,
-    pub activate: ActivateStrip,
+    pub activate: ActivateStrip<X>,
     /// Scratch of a strip: `[2, STRIP_PIXELS, 16]`.
     pub scratch: *mut f32,
     /// First pixel of the gradient tensor.
-    pub dz: *mut f32,
+    pub dz: *mut G,
     /// Values from one pixel of the input and gradient tensors to the next.
     pub pixel_stride: usize,
     pub accumulate: bool,
@@ -55,8 +56,8 @@ pub(super) struct InputLine<const K: usize> {
 ///
 /// Every element of the result is one chain over (ky, kx); every weight's gradient is one chain over the pixels.
 #[inline(always)]
-unsafe fn tile<S: Simd, const K: usize, const ST: usize, const T: usize, const P: usize>(
-    line: &InputLine<K>,
+unsafe fn tile<S: Simd, X, G, const K: usize, const ST: usize, const T: usize, const P: usize>(
+    line: &InputLine<X, G, K>,
     at: usize,
     taps: usize,
     act: *const f32,
@@ -100,8 +101,16 @@ struct Sums<V> {
 
 /// Pixels `first`, `first + ST`, … below `to` of the strip that starts at `from`, which all have the same phase.
 #[inline(always)]
-unsafe fn phase<S: Simd, const K: usize, const ST: usize, const T: usize, const WHOLE: bool>(
-    line: &InputLine<K>,
+unsafe fn phase<
+    S: Simd,
+    X: Stored,
+    G: Stored,
+    const K: usize,
+    const ST: usize,
+    const T: usize,
+    const WHOLE: bool,
+>(
+    line: &InputLine<X, G, K>,
     phase: usize,
     (from, first, to): (usize, usize, usize),
     channel: usize,
@@ -121,7 +130,8 @@ unsafe fn phase<S: Simd, const K: usize, const ST: usize, const T: usize, const 
                     let column = (j as isize - (T as isize - 1) - line.first_column) as usize;
                     let at = group * line.group_stride + column * LANE_GROUP + lane;
                     let in_strip = (pixel - from) * LANE_GROUP + lane;
-                    let mut out = tile::<S, K, ST, T, $pixels>(line, at, taps, line.scratch.add(in_strip));
+                    let mut out =
+                        tile::<S, X, G, K, ST, T, $pixels>(line, at, taps, line.scratch.add(in_strip));
                     for (p, out) in out.iter_mut().enumerate() {
                         *out = S::mul(*out, S::load(slopes.add(in_strip + p * ST * LANE_GROUP)));
                     }
@@ -140,7 +150,7 @@ unsafe fn phase<S: Simd, const K: usize, const ST: usize, const T: usize, const 
                         }
                     } else if WHOLE && line.streaming {
                         for (p, &v) in out.iter().enumerate() {
-                            S::stream(dz.add(p * step), v);
+                            G::stream::<S>(dz.add(p * step), v);
                         }
                     } else {
                         for (p, &v) in out.iter().enumerate() {
@@ -169,8 +179,8 @@ unsafe fn phase<S: Simd, const K: usize, const ST: usize, const T: usize, const 
 
 /// The vectors of channels at `channel`, for pixels `from..to`, whose activations and slopes are in the scratch.
 #[inline(always)]
-unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
-    line: &InputLine<K>,
+unsafe fn strip<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize, const WHOLE: bool>(
+    line: &InputLine<X, G, K>,
     (from, to): (usize, usize),
     channel: usize,
     lanes: usize,
@@ -189,12 +199,12 @@ unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
             let range = (from, first, to);
             let sums = &mut sums;
             match ((line.padded_left + first) % ST, ST, K) {
-                (_, 1, 3) => phase::<S, K, ST, 3, WHOLE>(line, 0, range, channel, lanes, sums),
-                (_, 1, 5) => phase::<S, K, ST, 5, WHOLE>(line, 0, range, channel, lanes, sums),
-                (0, 2, 3) => phase::<S, K, ST, 2, WHOLE>(line, 0, range, channel, lanes, sums),
-                (_, 2, 3) => phase::<S, K, ST, 1, WHOLE>(line, 1, range, channel, lanes, sums),
-                (0, 2, 5) => phase::<S, K, ST, 3, WHOLE>(line, 0, range, channel, lanes, sums),
-                (_, 2, 5) => phase::<S, K, ST, 2, WHOLE>(line, 1, range, channel, lanes, sums),
+                (_, 1, 3) => phase::<S, X, G, K, ST, 3, WHOLE>(line, 0, range, channel, lanes, sums),
+                (_, 1, 5) => phase::<S, X, G, K, ST, 5, WHOLE>(line, 0, range, channel, lanes, sums),
+                (0, 2, 3) => phase::<S, X, G, K, ST, 2, WHOLE>(line, 0, range, channel, lanes, sums),
+                (_, 2, 3) => phase::<S, X, G, K, ST, 1, WHOLE>(line, 1, range, channel, lanes, sums),
+                (0, 2, 5) => phase::<S, X, G, K, ST, 3, WHOLE>(line, 0, range, channel, lanes, sums),
+                (_, 2, 5) => phase::<S, X, G, K, ST, 2, WHOLE>(line, 1, range, channel, lanes, sums),
                 _ => unreachable!("kernels are 3 or 5 wide, strides 1 or 2"),
             }
         }
@@ -206,7 +216,9 @@ unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
 }
 
 #[inline(always)]
-unsafe fn input_line_body<S: Simd, const K: usize, const ST: usize>(line: &InputLine<K>) {
+unsafe fn input_line_body<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize>(
+    line: &InputLine<X, G, K>,
+) {
     let mut from = 0;
     while from < line.pixels {
         let to = (from + STRIP_PIXELS).min(line.pixels);
@@ -227,15 +239,15 @@ unsafe fn input_line_body<S: Simd, const K: usize, const ST: usize>(line: &Input
                 (line.activate)(line.isa, &activation);
                 let mut channel = first;
                 while channel + S::LANES <= end {
-                    strip::<S, K, ST, true>(line, (from, to), channel, S::LANES);
+                    strip::<S, X, G, K, ST, true>(line, (from, to), channel, S::LANES);
                     channel += S::LANES;
                 }
                 if channel < end {
-                    strip::<S, K, ST, false>(line, (from, to), channel, end - channel);
+                    strip::<S, X, G, K, ST, false>(line, (from, to), channel, end - channel);
                 }
                 if line.streaming && must_stage::<S>() {
                     let dz = line.dz.add(from * line.pixel_stride + first);
-                    stream_strip::<S>(activation.slope, to - from, dz, line.pixel_stride);
+                    stream_strip::<S, G>(activation.slope, to - from, dz, line.pixel_stride);
                 }
             }
         }
@@ -248,5 +260,6 @@ dispatch! {
     ///
     /// # Safety
     /// `isa` must be available and all pointers valid.
-    pub(super) unsafe fn input_line[const K: usize, const ST: usize][K, ST](line: &InputLine<K>) = input_line_body;
+    pub(super) unsafe fn input_line[X: Stored, G: Stored, const K: usize, const ST: usize][X, G, K, ST](line: &InputLine<X, G, K>)
+        = input_line_body;
 }

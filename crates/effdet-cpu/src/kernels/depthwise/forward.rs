@@ -3,6 +3,7 @@
 use super::super::row_sweeps::store;
 use super::plan::LANE_GROUP;
 use crate::simd::{Simd, dispatch};
+use crate::storage::Stored;
 
 /// Pixels of a line that are worked on for one lane group before the next one: output is written in pieces of this many
 /// neighbouring pixels, while the weights of a lane group stay in registers and L1.
@@ -10,7 +11,7 @@ pub(super) const STRIP_PIXELS: usize = 32;
 
 /// One output line of a part.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct OutputLine<const K: usize> {
+pub(super) struct OutputLine<Y, const K: usize> {
     /// The K input lines, at the first pixel that the first output pixel needs.
     pub lines: [*const f32; K],
     /// Values from one lane group of a line to the next.
@@ -20,7 +21,7 @@ pub(super) struct OutputLine<const K: usize> {
     /// `[lane groups, K·K, 16]`.
     pub weights: *const f32,
     /// First pixel of the output tensor.
-    pub y: *mut f32,
+    pub y: *mut Y,
     /// Values from one pixel of the output tensor to the next.
     pub pixel_stride: usize,
     pub streaming: bool,
@@ -66,10 +67,10 @@ pub(super) const fn must_stage<S: Simd>() -> bool {
 /// # Safety
 /// `staging` must hold `[pixels, 16]`, and `target` have room at aligned pixels.
 #[inline(always)]
-pub(super) unsafe fn stream_strip<S: Simd>(
+pub(super) unsafe fn stream_strip<S: Simd, T: Stored>(
     staging: *const f32,
     pixels: usize,
-    target: *mut f32,
+    target: *mut T,
     pixel_stride: usize,
 ) {
     for pixel in 0..pixels {
@@ -77,7 +78,7 @@ pub(super) unsafe fn stream_strip<S: Simd>(
             // SAFETY: the caller's promise.
             unsafe {
                 let v = S::load(staging.add(pixel * LANE_GROUP + lane));
-                S::stream(target.add(pixel * pixel_stride + lane), v);
+                T::stream::<S>(target.add(pixel * pixel_stride + lane), v);
             }
         }
     }
@@ -85,8 +86,8 @@ pub(super) unsafe fn stream_strip<S: Simd>(
 
 /// The vectors of channels at `channel`, for pixels `from..to`.
 #[inline(always)]
-unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
-    line: &OutputLine<K>,
+unsafe fn strip<S: Simd, Y: Stored, const K: usize, const ST: usize, const WHOLE: bool>(
+    line: &OutputLine<Y, K>,
     (from, to): (usize, usize),
     channel: usize,
     lanes: usize,
@@ -103,25 +104,27 @@ unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
             squares = S::load(line.sums.add(line.sums_stride + channel));
         }
         let staged = line.streaming && must_stage::<S>();
-        let (target, target_stride) = if staged {
-            (line.staging.add(lane), LANE_GROUP)
-        } else {
-            (line.y.add(from * line.pixel_stride + channel), line.pixel_stride)
-        };
+        let staging = line.staging.add(lane);
+        let target = line.y.add(from * line.pixel_stride + channel);
         let mut pixel = from;
         macro_rules! tiles {
             ($pixels:literal) => {
                 while pixel + ($pixels - 1) < to {
                     let out =
                         tile::<S, K, ST, $pixels>(&line.lines, source + pixel * ST * LANE_GROUP, weights);
-                    let y = target.add((pixel - from) * target_stride);
-                    if WHOLE && line.streaming && !staged {
+                    let y = target.add((pixel - from) * line.pixel_stride);
+                    if staged {
+                        let staging = staging.add((pixel - from) * LANE_GROUP);
                         for (p, &v) in out.iter().enumerate() {
-                            S::stream(y.add(p * target_stride), v);
+                            store::<S, WHOLE>(staging.add(p * LANE_GROUP), v, lanes);
+                        }
+                    } else if WHOLE && line.streaming {
+                        for (p, &v) in out.iter().enumerate() {
+                            Y::stream::<S>(y.add(p * line.pixel_stride), v);
                         }
                     } else {
                         for (p, &v) in out.iter().enumerate() {
-                            store::<S, WHOLE>(y.add(p * target_stride), v, lanes);
+                            store::<S, WHOLE>(y.add(p * line.pixel_stride), v, lanes);
                         }
                     }
                     if with_sums {
@@ -147,7 +150,7 @@ unsafe fn strip<S: Simd, const K: usize, const ST: usize, const WHOLE: bool>(
 }
 
 #[inline(always)]
-unsafe fn output_line_body<S: Simd, const K: usize, const ST: usize>(line: &OutputLine<K>) {
+unsafe fn output_line_body<S: Simd, Y: Stored, const K: usize, const ST: usize>(line: &OutputLine<Y, K>) {
     let mut from = 0;
     while from < line.pixels {
         let to = (from + STRIP_PIXELS).min(line.pixels);
@@ -155,15 +158,15 @@ unsafe fn output_line_body<S: Simd, const K: usize, const ST: usize>(line: &Outp
         // SAFETY: pixels and channels of the line.
         unsafe {
             while channel + S::LANES <= line.channels {
-                strip::<S, K, ST, true>(line, (from, to), channel, S::LANES);
+                strip::<S, Y, K, ST, true>(line, (from, to), channel, S::LANES);
                 channel += S::LANES;
                 if line.streaming && must_stage::<S>() && channel % LANE_GROUP == 0 {
                     let y = line.y.add(from * line.pixel_stride + channel - LANE_GROUP);
-                    stream_strip::<S>(line.staging, to - from, y, line.pixel_stride);
+                    stream_strip::<S, Y>(line.staging, to - from, y, line.pixel_stride);
                 }
             }
             if channel < line.channels {
-                strip::<S, K, ST, false>(line, (from, to), channel, line.channels - channel);
+                strip::<S, Y, K, ST, false>(line, (from, to), channel, line.channels - channel);
             }
         }
         from = to;
@@ -175,6 +178,6 @@ dispatch! {
     ///
     /// # Safety
     /// `isa` must be available and all pointers valid.
-    pub(super) unsafe fn output_line[const K: usize, const ST: usize][K, ST](line: &OutputLine<K>)
+    pub(super) unsafe fn output_line[Y: Stored, const K: usize, const ST: usize][Y, K, ST](line: &OutputLine<Y, K>)
         = output_line_body;
 }

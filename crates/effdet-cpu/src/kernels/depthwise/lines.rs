@@ -9,6 +9,7 @@ use super::forward::STRIP_PIXELS;
 use super::plan::LANE_GROUP;
 use crate::math::Activation;
 use crate::simd::{Isa, Simd, dispatch};
+use crate::storage::Stored;
 
 /// Pixels that share one load of the channels' vectors.
 const PIXELS: usize = 4;
@@ -110,14 +111,14 @@ dispatch! {
 
 /// `act(scale·raw + shift)`.
 #[derive(Debug)]
-pub(super) struct ActivatedLine<A> {
-    pub raw: *const f32,
+pub(super) struct ActivatedLine<A, X> {
+    pub raw: *const X,
     pub scale: *const f32,
     pub shift: *const f32,
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation> LineSource for ActivatedLine<A> {
+impl<A: Activation, X: Stored> LineSource for ActivatedLine<A, X> {
     #[inline(always)]
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
@@ -133,7 +134,7 @@ impl<A: Activation> LineSource for ActivatedLine<A> {
             let mut out = [S::zero(); P];
             for (i, out) in out.iter_mut().enumerate() {
                 let raw = self.raw.add(first + i * line.pixel_stride);
-                S::prefetch(raw.wrapping_add(line.ahead()));
+                S::prefetch(raw.wrapping_add(line.ahead()).cast());
                 let raw = load::<S, WHOLE>(raw, lanes);
                 *out = A::value::<S>(S::fma(raw, scale, shift));
             }
@@ -172,9 +173,9 @@ impl LineSource for PlainLine {
 
 /// `act'(scale·y + shift)·(gain·da + offset) + b·y + c`.
 #[derive(Debug)]
-pub(super) struct GradientLine<A> {
-    pub da: *const f32,
-    pub y: *const f32,
+pub(super) struct GradientLine<A, G, Y> {
+    pub da: *const G,
+    pub y: *const Y,
     pub scale: *const f32,
     pub shift: *const f32,
     pub gain: *const f32,
@@ -184,7 +185,7 @@ pub(super) struct GradientLine<A> {
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation> LineSource for GradientLine<A> {
+impl<A: Activation, G: Stored, Y: Stored> LineSource for GradientLine<A, G, Y> {
     #[inline(always)]
     unsafe fn vectors<S: Simd, const P: usize, const WHOLE: bool>(
         &self,
@@ -204,8 +205,8 @@ impl<A: Activation> LineSource for GradientLine<A> {
             let mut out = [S::zero(); P];
             for (i, out) in out.iter_mut().enumerate() {
                 let at = first + i * line.pixel_stride;
-                S::prefetch(self.y.wrapping_add(at + line.ahead()));
-                S::prefetch(self.da.wrapping_add(at + line.ahead()));
+                S::prefetch(self.y.wrapping_add(at + line.ahead()).cast());
+                S::prefetch(self.da.wrapping_add(at + line.ahead()).cast());
                 let y = load::<S, WHOLE>(self.y.add(at), lanes);
                 let da = load::<S, WHOLE>(self.da.add(at), lanes);
                 let (_, slope) = A::value_and_slope::<S>(S::fma(y, scale, shift));
@@ -218,11 +219,11 @@ impl<A: Activation> LineSource for GradientLine<A> {
 
 /// One lane group of a few neighbouring pixels, which is activated for the backward tiles.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Strip {
+pub(super) struct Strip<X> {
     pub pixels: usize,
     /// Channels that exist, up to 16.
     pub channels: usize,
-    pub raw: *const f32,
+    pub raw: *const X,
     pub pixel_stride: usize,
     pub scale: *const f32,
     pub shift: *const f32,
@@ -233,8 +234,8 @@ pub(super) struct Strip {
 }
 
 #[inline(always)]
-unsafe fn activate_strip_vector<S: Simd, A: Activation, const WHOLE: bool>(
-    strip: &Strip,
+unsafe fn activate_strip_vector<S: Simd, A: Activation, X: Stored, const WHOLE: bool>(
+    strip: &Strip<X>,
     channel: usize,
     lanes: usize,
 ) {
@@ -244,7 +245,7 @@ unsafe fn activate_strip_vector<S: Simd, A: Activation, const WHOLE: bool>(
         let shift = load::<S, WHOLE>(strip.shift.add(channel), lanes);
         for pixel in 0..strip.pixels {
             let raw = strip.raw.add(pixel * strip.pixel_stride + channel);
-            S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride));
+            S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride).cast());
             let raw = load::<S, WHOLE>(raw, lanes);
             let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
             S::store(strip.act.add(pixel * LANE_GROUP + channel), act);
@@ -254,16 +255,16 @@ unsafe fn activate_strip_vector<S: Simd, A: Activation, const WHOLE: bool>(
 }
 
 #[inline(always)]
-unsafe fn activate_strip_body<S: Simd, A: Activation>(strip: &Strip) {
+unsafe fn activate_strip_body<S: Simd, A: Activation, X: Stored>(strip: &Strip<X>) {
     let mut channel = 0;
     // SAFETY: inside the strip, whose buffers hold 16 lanes.
     unsafe {
         while channel + S::LANES <= strip.channels {
-            activate_strip_vector::<S, A, true>(strip, channel, S::LANES);
+            activate_strip_vector::<S, A, X, true>(strip, channel, S::LANES);
             channel += S::LANES;
         }
         if channel < strip.channels {
-            activate_strip_vector::<S, A, false>(strip, channel, strip.channels - channel);
+            activate_strip_vector::<S, A, X, false>(strip, channel, strip.channels - channel);
         }
     }
 }
@@ -273,11 +274,11 @@ dispatch! {
     ///
     /// # Safety
     /// `isa` must be available and all pointers valid.
-    pub(super) unsafe fn activate_strip[A: Activation][A](strip: &Strip) = activate_strip_body;
+    pub(super) unsafe fn activate_strip[A: Activation, X: Stored][A, X](strip: &Strip<X>) = activate_strip_body;
 }
 
 /// A function that [`activate_strip`] gives for an activation.
-pub(super) type ActivateStrip = unsafe fn(Isa, &Strip);
+pub(super) type ActivateStrip<X> = unsafe fn(Isa, &Strip<X>);
 
 /// Sets the pixels of every lane group outside `from..to` to 0.
 ///

@@ -18,6 +18,7 @@ use crate::arena::{Bump, SharedPtr};
 use crate::math::{Act, with_activation};
 use crate::probe::{Kernel, Work};
 use crate::simd::Isa;
+use crate::storage::Stored;
 
 mod backward;
 mod forward;
@@ -33,15 +34,15 @@ const TERMS_PER_FLUSH: usize = 1024;
 
 /// Arguments of [`forward`].
 #[derive(Debug)]
-pub struct Forward<'a> {
+pub struct Forward<'a, X = f32, Y = f32> {
     /// Shapes.
     pub plan: &'a DepthwisePlan,
     /// The input: `[input rows, channels]`. Padding is 0 after the activation.
-    pub input: Source<'a>,
+    pub input: Source<'a, X>,
     /// `[k, k, channels, 1]`.
     pub weights: &'a [f32],
     /// Overwritten with the convolution: `[output rows, channels]`.
-    pub y: &'a mut [f32],
+    pub y: &'a mut [Y],
     /// Overwritten with Σy and Σy² over the rows of each group: `[groups, 2, channels]`.
     pub sums: Option<&'a mut [f64]>,
     /// Whether to write `y` past the caches, which pays where `y` is larger than they are. Ignored where rows are not aligned.
@@ -55,7 +56,7 @@ pub struct Forward<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn forward(executor: &Executor, args: Forward<'_>) {
+pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y>) {
     let plan = args.plan;
     let values = args.input.raw.len() + args.y.len();
     let _report = executor.report(Kernel::Depthwise, Work::new(plan.multiply_adds(), values));
@@ -74,14 +75,17 @@ pub fn forward(executor: &Executor, args: Forward<'_>) {
         check("sums", sums.len(), plan.maps.len() * 2 * plan.channels);
     }
     match (plan.kernel_size, plan.stride) {
-        (3, 1) => forward_parts::<3, 1>(executor, args),
-        (3, 2) => forward_parts::<3, 2>(executor, args),
-        (5, 1) => forward_parts::<5, 1>(executor, args),
-        _ => forward_parts::<5, 2>(executor, args),
+        (3, 1) => forward_parts::<X, Y, 3, 1>(executor, args),
+        (3, 2) => forward_parts::<X, Y, 3, 2>(executor, args),
+        (5, 1) => forward_parts::<X, Y, 5, 1>(executor, args),
+        _ => forward_parts::<X, Y, 5, 2>(executor, args),
     }
 }
 
-fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Forward<'_>) {
+fn forward_parts<X: Stored, Y: Stored, const K: usize, const ST: usize>(
+    executor: &Executor,
+    args: Forward<'_, X, Y>,
+) {
     let Forward {
         plan,
         input,
@@ -160,7 +164,7 @@ fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: For
                     fill_activated(isa, input.act, &line, (raw, scale, shift));
                     next += 1;
                 }
-                let line = OutputLine::<K> {
+                let line = OutputLine::<Y, K> {
                     lines: std::array::from_fn(|ky| {
                         let iy = first_line + ky as isize;
                         if (0..map.input.height as isize).contains(&iy) {
@@ -186,7 +190,7 @@ fn forward_parts<const K: usize, const ST: usize>(executor: &Executor, args: For
                     },
                     sums_stride,
                 };
-                forward::output_line::<K, ST>(isa, &line);
+                forward::output_line::<Y, K, ST>(isa, &line);
                 let lines = oy + 1 - tile.top;
                 if with_sums && (lines % flush_interval == 0 || oy + 1 == tile.bottom) {
                     flush_rows(
@@ -225,16 +229,16 @@ unsafe fn pack<const K: usize>(weights: &[f32], channels: usize, tile: &Part, pa
 
 /// # Safety
 /// `isa` must be available, the pointers valid for the line.
-unsafe fn fill_activated(
+unsafe fn fill_activated<X: Stored>(
     isa: Isa,
     act: Act,
     line: &Line,
-    (raw, scale, shift): (*const f32, *const f32, *const f32),
+    (raw, scale, shift): (*const X, *const f32, *const f32),
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         with_activation!(act, A => {
-            let source = ActivatedLine::<A> { raw, scale, shift, act: PhantomData };
+            let source = ActivatedLine::<A, X> { raw, scale, shift, act: PhantomData };
             fill(isa, line, &source)
         })
     }
@@ -258,7 +262,7 @@ fn reduce_totals(parts: &[Part], totals: &[f64], most_channels: usize, channels:
 /// # Shapes
 /// Tensors are `[output rows, channels]`.
 #[derive(Debug, Clone, Copy)]
-pub enum OutputGradient<'a> {
+pub enum OutputGradient<'a, G = f32, Y = f32> {
     /// Stored as it is.
     Plain(&'a [f32]),
     /// The way back through activation, squeeze-and-excitation and batch norm, formed on the way:
@@ -268,9 +272,9 @@ pub enum OutputGradient<'a> {
     /// [`se::gain_and_offset`](super::se::gain_and_offset) makes.
     Activated {
         /// Gradient by the gated activation.
-        da: &'a [f32],
+        da: &'a [G],
         /// Output of this convolution, batch norm's input.
-        y: &'a [f32],
+        y: &'a [Y],
         /// Batch norm.
         affine: Affine<'a>,
         /// The activation.
@@ -288,9 +292,9 @@ pub enum OutputGradient<'a> {
 
 /// Where the gradient by the input goes.
 #[derive(Debug)]
-pub struct InputGradient<'a> {
+pub struct InputGradient<'a, G = f32> {
     /// Overwritten with the gradient by z = scale·raw + shift, `[input rows, channels]`.
-    pub dz: &'a mut [f32],
+    pub dz: &'a mut [G],
     /// Whether it is added to what `dz` holds instead.
     pub accumulate: bool,
     /// Overwritten with Σdz and Σdz·raw over the rows of each group: `[groups, 2, channels]`.
@@ -301,17 +305,17 @@ pub struct InputGradient<'a> {
 
 /// Arguments of [`backward`].
 #[derive(Debug)]
-pub struct Backward<'a> {
+pub struct Backward<'a, X = f32, GX = f32, G = f32, Y = f32> {
     /// Shapes.
     pub plan: &'a DepthwisePlan,
     /// The input of the forward pass.
-    pub input: Source<'a>,
+    pub input: Source<'a, X>,
     /// `[k, k, channels, 1]`.
     pub weights: &'a [f32],
     /// dY.
-    pub output_gradient: OutputGradient<'a>,
+    pub output_gradient: OutputGradient<'a, G, Y>,
     /// Where the gradient by the input goes.
-    pub input_gradient: InputGradient<'a>,
+    pub input_gradient: InputGradient<'a, GX>,
     /// Overwritten with the gradient by the weights: `[k, k, channels, 1]`.
     pub dw: &'a mut [f32],
 }
@@ -323,7 +327,10 @@ pub struct Backward<'a> {
 ///
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
-pub fn backward(executor: &Executor, args: Backward<'_>) {
+pub fn backward<X: Stored, GX: Stored, G: Stored, Y: Stored>(
+    executor: &Executor,
+    args: Backward<'_, X, GX, G, Y>,
+) {
     let plan = args.plan;
     let of_output = match args.output_gradient {
         OutputGradient::Plain(dy) => dy.len(),
@@ -354,20 +361,20 @@ pub fn backward(executor: &Executor, args: Backward<'_>) {
         check("sums", sums.len(), plan.maps.len() * 2 * plan.channels);
     }
     match (plan.kernel_size, plan.stride) {
-        (3, 1) => backward_parts::<3, 1>(executor, args),
-        (3, 2) => backward_parts::<3, 2>(executor, args),
-        (5, 1) => backward_parts::<5, 1>(executor, args),
-        _ => backward_parts::<5, 2>(executor, args),
+        (3, 1) => backward_parts::<X, GX, G, Y, 3, 1>(executor, args),
+        (3, 2) => backward_parts::<X, GX, G, Y, 3, 2>(executor, args),
+        (5, 1) => backward_parts::<X, GX, G, Y, 5, 1>(executor, args),
+        _ => backward_parts::<X, GX, G, Y, 5, 2>(executor, args),
     }
 }
 
 /// [`OutputGradient`], checked.
 #[allow(clippy::large_enum_variant, reason = "one per kernel call")]
-enum Gradient<'a> {
+enum Gradient<'a, G, Y> {
     Plain(&'a [f32]),
     Activated {
-        da: &'a [f32],
-        y: &'a [f32],
+        da: &'a [G],
+        y: &'a [Y],
         affine: AffineVectors<'a>,
         act: Act,
         gain: Vectors<'a>,
@@ -377,8 +384,8 @@ enum Gradient<'a> {
     },
 }
 
-impl<'a> Gradient<'a> {
-    fn new(gradient: OutputGradient<'a>, plan: &DepthwisePlan) -> Self {
+impl<'a, G: Stored, Y: Stored> Gradient<'a, G, Y> {
+    fn new(gradient: OutputGradient<'a, G, Y>, plan: &DepthwisePlan) -> Self {
         let len = plan.output_rows() * plan.channels;
         let counts = (plan.maps.len(), plan.images, plan.channels);
         match gradient {
@@ -439,7 +446,7 @@ impl<'a> Gradient<'a> {
                 let vector =
                     |vectors: &Vectors<'_>| vectors.at(tile.map, tile.image, line.pixel_stride, tile.channel);
                 with_activation!(*act, A => {
-                    let source = GradientLine::<A> {
+                    let source = GradientLine::<A, G, Y> {
                         da: da[at..].as_ptr(),
                         y: y[at..].as_ptr(),
                         scale: vector(&affine.scale),
@@ -458,7 +465,10 @@ impl<'a> Gradient<'a> {
     }
 }
 
-fn backward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Backward<'_>) {
+fn backward_parts<X: Stored, GX: Stored, G: Stored, Y: Stored, const K: usize, const ST: usize>(
+    executor: &Executor,
+    args: Backward<'_, X, GX, G, Y>,
+) {
     let Backward {
         plan,
         input,
@@ -476,7 +486,7 @@ fn backward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Ba
     let channels = plan.channels;
     let affine = AffineVectors::new(input.affine, (plan.maps.len(), plan.images, channels));
     let gradient = Gradient::new(output_gradient, plan);
-    let activate = with_activation!(input.act, A => activate_strip::<A> as ActivateStrip);
+    let activate = with_activation!(input.act, A => activate_strip::<A, X> as ActivateStrip<X>);
     let (isa, pool) = (executor.isa(), executor.pool());
     let streaming = streaming && !accumulate && rows_are_aligned(dz, channels);
     let (with_sums, dz) = (sums.is_some(), SharedPtr::new(dz));
@@ -553,7 +563,7 @@ fn backward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Ba
                     next += 1;
                 }
                 let at = (input_map + iy * map.input.width + tile.left) * channels + tile.channel;
-                let mut line = InputLine::<K> {
+                let mut line = InputLine::<X, GX, K> {
                     gradients: [std::ptr::null(); K],
                     kernel_rows: [0; K],
                     count: 0,
@@ -590,7 +600,7 @@ fn backward_parts<const K: usize, const ST: usize>(executor: &Executor, args: Ba
                         line.count += 1;
                     }
                 }
-                backward::input_line::<K, ST>(isa, &line);
+                backward::input_line::<X, GX, K, ST>(isa, &line);
                 let lines = iy + 1 - tile.top;
                 if with_sums && (lines % flush_interval == 0 || iy + 1 == tile.bottom) {
                     flush_rows(

@@ -84,7 +84,7 @@ impl Layer {
 
     fn output_gradient(&self, normalized: bool) -> OutputGradient<'_> {
         if !normalized {
-            return OutputGradient::Plain {
+            return FullGradient::Plain {
                 dy: &self.dz,
                 stride: self.stride,
             };
@@ -292,9 +292,9 @@ fn run_forward(executor: &Executor, layer: &Layer, operand: Operand, bias: bool,
     let mut x = vec![f32::NAN; layer.plan.rows() * layer.inputs];
     let mut sums = vec![f64::NAN; layer.plan.group_count() * 2 * layer.outputs];
     let input = match operand {
-        Operand::Plain => Input::Plain(&layer.raw),
+        Operand::Plain => FullInput::Plain(&layer.raw),
         Operand::Activated => Input::Activated(layer.activated(Act::Swish, true)),
-        Operand::Normalized => Input::Normalized {
+        Operand::Normalized => FullInput::Normalized {
             raw: &layer.raw,
             scale: ChannelVectors::per_group(&layer.scale),
             shift: ChannelVectors::per_image(&layer.shift),
@@ -578,7 +578,7 @@ fn a_slice_of_the_wrong_size_is_refused() {
     let args = Forward {
         rows: &layer.plan,
         weights: &layer.packed(&executor),
-        input: Input::Plain(&layer.raw[..5]),
+        input: FullInput::Plain(&layer.raw[..5]),
         bias: None,
         y: &mut [0.0; 8],
         stride: 4,
