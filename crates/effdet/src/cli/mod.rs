@@ -118,8 +118,34 @@ pub enum BenchCommand {
     Train(BenchOptions),
     /// Network outputs.
     Infer(BenchOptions),
+    /// Preparation of training samples on one core: decode, augment, assign.
+    Data(Box<DataBenchOptions>),
     /// Steps and sums on 1, 2, 4 … of the ranks that mpirun started, and a model of more of them.
     Scale(ScaleOptions),
+}
+
+/// Options of `bench data`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  effdet bench data --train-json instances_train2017.json --train-images train2017 --image-size 512")]
+pub struct DataBenchOptions {
+    #[command(flatten)]
+    pub source: SourceArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Counted passes over the images, after one that is not counted.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub passes: u64,
+    /// Only the first images.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Seed of the augmentation.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON line.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `bench scale`.

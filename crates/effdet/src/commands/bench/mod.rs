@@ -1,5 +1,6 @@
 //! `effdet bench`.
 
+mod data;
 mod distribution;
 mod random_batch;
 mod scale;
@@ -36,6 +37,7 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
     match command {
         BenchCommand::Train(options) => time("train", options).map(done),
         BenchCommand::Infer(options) => time("infer", options).map(done),
+        BenchCommand::Data(options) => data::run(options).map(done),
         BenchCommand::Scale(options) => ranks::run(&options.ranks, |job| scale::run(options, job).map(done)),
     }
 }

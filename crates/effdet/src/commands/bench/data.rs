@@ -1,0 +1,104 @@
+//! `effdet bench data`: what one core prepares a second.
+
+use std::io::Write;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use effdet_data::batch::{Batch, SampleKey};
+use effdet_model::anchors::{AnchorConfig, Anchors};
+use effdet_model::assign::Assigner;
+use effdet_train::eval::preparation;
+use serde_json::json;
+
+use super::distribution::Distribution;
+use crate::cli::DataBenchOptions;
+use crate::commands::host::{ForeignLoad, cpu_name};
+use crate::commands::model::resolve_hparams;
+use crate::commands::run_config::label_map_of;
+use crate::commands::sources::{self, Part};
+
+/// Prepares training samples on one thread, pass after pass, and prints where the time goes.
+pub fn run(options: &DataBenchOptions) -> Result<()> {
+    ensure!(options.passes > 0, "--passes must be at least 1");
+    let hparams = resolve_hparams(&options.model, "d0")?;
+    let mut dataset = sources::require(&options.source, Part::Train)?;
+    dataset.examples.truncate(options.limit.unwrap_or(usize::MAX));
+    ensure!(!dataset.examples.is_empty(), "there is no image to prepare");
+    let preparation = preparation(&hparams, &label_map_of(&dataset)?, options.seed);
+    let assigner = Assigner::new(&Anchors::new(&AnchorConfig::from(&hparams))?);
+    let images = dataset.examples.len();
+
+    let load = ForeignLoad::start();
+    let mut batch = Batch::default();
+    let mut pass_s = Vec::new();
+    let mut spent_us = [0u64; 3];
+    // The first pass fills the page cache and does not count.
+    for pass in 0..=options.passes {
+        let clock = Instant::now();
+        for index in 0..images as u64 {
+            preparation.start(&mut batch);
+            let key = SampleKey { pass, index };
+            preparation.append(&mut batch, &dataset.examples, key, Some(&assigner))?;
+            if pass > 0 {
+                let parts = [batch.decode_us, batch.prepare_us, batch.assign_us];
+                spent_us
+                    .iter_mut()
+                    .zip(parts)
+                    .for_each(|(sum, part)| *sum += part);
+            }
+        }
+        if pass > 0 {
+            pass_s.push(clock.elapsed().as_secs_f64());
+        }
+    }
+    let foreign_cores = load.cores();
+    let distribution = Distribution::new(&pass_s);
+    let img_s = images as f64 / distribution.percentile_s(50);
+    let count = images as f64 * options.passes as f64;
+    let ms = spent_us.map(|us| us as f64 * 1e-3 / count);
+    let [decode, augment, assign] = ms;
+
+    let mut out = std::io::stdout().lock();
+    if options.json {
+        let report = json!({
+            "bench": "data", "model": hparams.name, "image_size": hparams.image_size, "images": images,
+            "cpu": cpu_name(), "img_s_per_core": img_s, "times_s": pass_s, "decode_ms": decode,
+            "augment_ms": augment, "assign_ms": assign, "foreign_cores": foreign_cores,
+        });
+        writeln!(out, "{report}")?;
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "data for {}, input {}, {images} images of {}, one core, {}",
+        hparams.name,
+        hparams.image_size,
+        options
+            .source
+            .data
+            .as_ref()
+            .map_or_else(String::new, |data| data.display().to_string()),
+        cpu_name().as_deref().unwrap_or("unknown processor")
+    )?;
+    for (name, ms) in [
+        ("read and decode", decode),
+        ("augment, resize, crop", augment),
+        ("assign anchors", assign),
+    ] {
+        let rate = 1e3 / ms.max(1e-6);
+        writeln!(out, "  {name:<24} {ms:>8.3} ms  {rate:>9.1} images/s")?;
+    }
+    let total_ms = 1e3 / img_s;
+    writeln!(
+        out,
+        "  {:<24} {total_ms:>8.3} ms  {img_s:>9.1} images/s per core",
+        "total"
+    )?;
+    if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
+        writeln!(
+            out,
+            "  other processes kept {cores:.1} processors busy: measure again on an idle machine"
+        )?;
+    }
+    Ok(())
+}
