@@ -371,6 +371,22 @@ fn benchmarks_report_what_they_measured_and_on_what() {
 }
 
 #[test]
+fn preparation_of_samples_is_timed_stage_by_stage() {
+    let scratch = Scratch::with_data();
+    let line = scratch.succeed("bench data --data shapes --image-size 64 --passes 2 --limit 5 --json");
+    let report: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        (&report["images"], report["times_s"].as_array().unwrap().len()),
+        (&5.into(), 2)
+    );
+    for key in ["img_s_per_core", "decode_ms", "augment_ms", "assign_ms"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    let message = scratch.fail(1, "bench data --data shapes --passes 0");
+    assert!(message.contains("--passes"), "{message}");
+}
+
+#[test]
 fn a_dry_run_prints_a_configuration_and_leaves_nothing_behind() {
     let scratch = Scratch::with_data();
     let text = scratch.succeed("train --data shapes --image-size 64 --lr 0.01 --dry-run");

@@ -77,7 +77,7 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
             .source
             .data
             .as_ref()
-            .map_or_else(String::new, |data| data.display().to_string()),
+            .map_or_else(|| dataset.name.clone(), |data| data.display().to_string()),
         cpu_name().as_deref().unwrap_or("unknown processor")
     )?;
     for (name, ms) in [
