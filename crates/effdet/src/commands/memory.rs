@@ -207,7 +207,7 @@ mod tests {
         let message = refusal(&hparams, (8, 1, Precision::Fp32), needed * 7 / 10, "free")
             .unwrap()
             .to_string();
-        for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model d0"] {
+        for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model lite0"] {
             assert!(message.contains(remedy), "{message}");
         }
         let hopeless = refusal(&hparams, (8, 1, Precision::Fp32), 1 << 20, "free")
