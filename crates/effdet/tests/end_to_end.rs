@@ -281,8 +281,10 @@ fn wrong_use_is_an_error_of_usage_that_suggests_the_right_one() {
     assert!(message.contains("did you mean"), "{message}");
     let message = scratch.fail(1, "train --early-stop mAP");
     assert!(message.contains("known metrics are AP, AP50"), "{message}");
-    let message = scratch.fail(1, "train --amp");
-    assert!(message.contains("half precision"), "{message}");
+    let message = scratch.fail(2, "train --precision fp8");
+    assert!(message.contains("use fp32, fp16 or bf16"), "{message}");
+    let message = scratch.fail(1, "train --amp --precision fp32");
+    assert!(message.contains("contradicts"), "{message}");
 }
 
 #[test]
