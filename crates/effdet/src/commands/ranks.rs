@@ -96,6 +96,8 @@ fn among_ranks(timeout: Duration, work: impl FnOnce(&Job<'_>) -> Result<ExitCode
     let on_failure = |error: &effdet_dist::DistError| {
         tell!("error: {error}");
         leave_if_stuck();
+        // The launcher passes messages on in its own time, and aborting ends that.
+        std::thread::sleep(Duration::from_millis(300));
     };
     let transport = MpiTransport::start(Box::new(on_failure), i32::from(RANK_MISSING))
         .context("MPI is running already in this process")?;
