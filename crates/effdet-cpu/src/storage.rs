@@ -184,12 +184,52 @@ macro_rules! half {
 half!(F16, load_f16, store_f16);
 half!(Bf16, load_bf16, store_bf16);
 
+/// What a lane of the operands of a product holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// An f32.
+    #[default]
+    Single,
+    /// Two bfloat16 that follow each other along the index that is summed over, the first in the lower half; the second
+    /// product is added first. Sums are f32.
+    Bf16Pairs,
+}
+
+impl Products {
+    /// Lanes that hold `depth` values.
+    pub(crate) const fn lanes(self, depth: usize) -> usize {
+        match self {
+            Self::Single => depth,
+            Self::Bf16Pairs => depth.div_ceil(2),
+        }
+    }
+}
+
+/// What the products of a layer's two passes multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PassProducts {
+    /// Of inputs and weights.
+    pub forward: Products,
+    /// Of output gradients with weights and with inputs.
+    pub backward: Products,
+}
+
+impl PassProducts {
+    /// f32 in both passes.
+    pub const SINGLE: Self = Self {
+        forward: Products::Single,
+        backward: Products::Single,
+    };
+}
+
 /// The formats of a training step's wide tensors.
 pub trait Storage: Send + std::fmt::Debug + 'static {
     /// Outputs of convolutions in front of their batch norm.
     type Activation: Stored;
     /// Gradients by what batch norm puts out.
     type Gradient: Stored;
+    /// What the products of pointwise convolutions multiply.
+    const PRODUCTS: PassProducts;
 }
 
 /// float32.
@@ -200,23 +240,30 @@ pub struct Full;
 #[derive(Debug, Clone, Copy)]
 pub struct Half;
 
-/// Gradients as bfloat16; activations as float16, since the 8 significant bits of bfloat16 are too few in front of batch norm.
+/// Gradients as bfloat16, and so are the operands of the backward pass's matrix products; activations as float16 and the forward
+/// pass's products in f32, since the 8 significant bits of bfloat16 are too few in front of batch norm.
 #[derive(Debug, Clone, Copy)]
 pub struct Brain;
 
 impl Storage for Full {
     type Activation = f32;
     type Gradient = f32;
+    const PRODUCTS: PassProducts = PassProducts::SINGLE;
 }
 
 impl Storage for Half {
     type Activation = F16;
     type Gradient = F16;
+    const PRODUCTS: PassProducts = PassProducts::SINGLE;
 }
 
 impl Storage for Brain {
     type Activation = F16;
     type Gradient = Bf16;
+    const PRODUCTS: PassProducts = PassProducts {
+        forward: Products::Single,
+        backward: Products::Bf16Pairs,
+    };
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ impl<P: Storage> BlockState<P> {
             images,
             x,
             expand: layer.expand.map(|(conv, bn)| Expand {
-                weights: PackedWeights::new(conv.in_channels, conv.out_channels),
+                weights: context.weights(conv.in_channels, conv.out_channels),
                 y1,
                 bn1: BatchNormState::new(&[bn]),
                 rows: RowPlan::images(images, layer.input.cells()),
@@ -157,7 +157,7 @@ impl<P: Storage> BlockState<P> {
                 layer.depthwise.size,
                 layer.depthwise.stride,
             ),
-            project: PackedWeights::new(wide, layer.project.out_channels),
+            project: context.weights(wide, layer.project.out_channels),
             y3,
             output_gradient,
             da,

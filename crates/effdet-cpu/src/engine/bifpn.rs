@@ -161,7 +161,7 @@ impl InputState {
                 let len = images * input.cells() * filters;
                 let gradient_steps = context.timeline.during(undone);
                 MatchState {
-                    weights: PackedWeights::new(layer.conv.in_channels, layer.conv.out_channels),
+                    weights: context.weights(layer.conv.in_channels, layer.conv.out_channels),
                     y: context.memory.buffer("bifpn: activations", len, steps),
                     bn: layer.bn.map(|bn| BatchNormState::new(&[bn])),
                     gradient: context.gradient("bifpn: gradients", len, gradient_steps),
@@ -268,7 +268,7 @@ impl Pyramid {
                     depthwise_output,
                     d_depthwise: context.gradient("bifpn: gradients", len, undone_steps),
                     d_fused: context.gradient("bifpn: gradients", len, undone_steps),
-                    pointwise: PackedWeights::new(filters, filters),
+                    pointwise: context.weights(filters, filters),
                     rows: RowPlan::images(images, layer.map.cells()),
                     output,
                 });

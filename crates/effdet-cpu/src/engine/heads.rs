@@ -82,18 +82,17 @@ struct Buffers {
 }
 
 impl HeadState {
-    fn new(layer: &Head) -> Self {
-        let packed = |inputs, outputs| PackedWeights::new(inputs, outputs);
+    fn new(layer: &Head, context: &BuildContext<'_>) -> Self {
         let outputs = layer.predict.pointwise.out_channels;
         Self {
             layers: (layer.layers.iter())
                 .map(|l| LayerState {
-                    weights: packed(l.conv.pointwise.in_channels, l.conv.pointwise.out_channels),
+                    weights: context.weights(l.conv.pointwise.in_channels, l.conv.pointwise.out_channels),
                     bn: BatchNormState::new(&l.bns),
                     gains: None,
                 })
                 .collect(),
-            predict: packed(layer.predict.pointwise.in_channels, outputs),
+            predict: context.weights(layer.predict.pointwise.in_channels, outputs),
             stride: outputs.next_multiple_of(16),
             layer: layer.clone(),
         }
@@ -119,8 +118,8 @@ impl Heads {
         let rows = RowPlan::levels(images, &cells);
         let len = rows.rows() * filters;
         let repeats = network.class_head.layers.len();
-        let class = HeadState::new(&network.class_head);
-        let boxes = HeadState::new(&network.box_head);
+        let class = HeadState::new(&network.class_head, context);
+        let boxes = HeadState::new(&network.box_head, context);
         let residual = network.hparams.survival_prob.map(|p| p as f32);
         let steps = context.timeline.span(Step::ClassHead, Step::BoxHead);
         let mut several = |owner, count: usize, len: usize| -> Vec<AlignedBuf> {

@@ -45,7 +45,7 @@ use crate::memory::{Memory, OwnedBytes};
 use crate::probe::{Probe, Stage};
 use crate::simd::Isa;
 use crate::stochastic_depth::DrawKeys;
-use crate::storage::{Brain, Full, Half, Storage};
+use crate::storage::{Brain, Full, Half, PassProducts, Storage};
 
 /// How a [`CpuEngine`] runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -136,11 +136,16 @@ impl Beside {
 struct BuildContext<'a> {
     images: usize,
     training: bool,
+    products: PassProducts,
     timeline: Timeline,
     memory: &'a mut Memory,
 }
 
 impl BuildContext<'_> {
+    fn weights(&self, inputs: usize, outputs: usize) -> PackedWeights {
+        PackedWeights::with_products(inputs, outputs, self.products)
+    }
+
     /// A buffer that only training needs.
     fn gradient(&mut self, owner: &'static str, len: usize, lifetime: Lifetime) -> AlignedBuf {
         self.memory
@@ -184,6 +189,7 @@ impl<P: Storage> Layers<P> {
         let mut context = BuildContext {
             images,
             training,
+            products: P::PRODUCTS,
             timeline,
             memory,
         };

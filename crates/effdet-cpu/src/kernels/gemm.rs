@@ -3,10 +3,21 @@
 //! [`multiply`] computes C = A·B with A unpacked and B packed in panels of [`PANEL`] columns; [`multiply_transposed`]
 //! computes C += Pᵀ·Q with neither packed. Each element of a product is one chain of fused multiply-adds over ascending
 //! index, whatever the tile, so the tile shapes are free to differ between instruction sets.
+//!
+//! Along the index that is summed over, operands consist of lanes: an f32 each, or two bfloat16 ([`Products`]). What is
+//! called depth here counts lanes.
 
 use crate::arena::ALIGNMENT;
-use crate::simd::{Simd, dispatch};
-use crate::storage::Stored;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Avx512, NativePairs};
+use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch, has_native_pairs};
+use crate::storage::{Bf16, Products, Stored};
+
+/// The lane of two bfloat16.
+fn pair(low: f32, high: f32) -> f32 {
+    let [low, high] = [low, high].map(|x| u32::from(Bf16::from_f32(x).0));
+    f32::from_bits(high << 16 | low)
+}
 
 /// Columns per panel of a packed matrix.
 pub(crate) const PANEL: usize = 16;
@@ -36,6 +47,41 @@ pub(crate) fn pack(matrix: &[f32], columns: usize, packed: &mut [f32]) {
         for (row, out) in matrix.chunks_exact(columns).zip(out.chunks_exact_mut(PANEL)) {
             out[..width].copy_from_slice(&row[first..first + width]);
             out[width..].fill(0.0);
+        }
+    }
+}
+
+/// Packs row-major `matrix` into panels of pairs of rows: `[⌈columns/16⌉, ⌈rows/2⌉, 16]` lanes; an odd last row goes with zeros.
+pub(crate) fn pack_pairs(matrix: &[f32], columns: usize, packed: &mut [f32]) {
+    let rows = matrix.len() / columns;
+    let lanes = Products::Bf16Pairs.lanes(rows);
+    let zeros = vec![0.0; columns];
+    for (panel, out) in packed.chunks_exact_mut(lanes * PANEL).enumerate() {
+        let first = panel * PANEL;
+        let width = PANEL.min(columns - first);
+        for (rows, out) in matrix.chunks(2 * columns).zip(out.chunks_exact_mut(PANEL)) {
+            let (low, high) = rows.split_at(columns);
+            let high = if high.is_empty() { &zeros } else { high };
+            for ((out, &low), &high) in out.iter_mut().zip(&low[first..first + width]).zip(&high[first..]) {
+                *out = pair(low, high);
+            }
+            out[width..].fill(0.0);
+        }
+    }
+}
+
+/// Packs the transpose of row-major `matrix` (`rows` × `columns`) as [`pack_pairs`] does: `[⌈rows/16⌉, ⌈columns/2⌉, 16]`.
+pub(crate) fn pack_pairs_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]) {
+    let lanes = Products::Bf16Pairs.lanes(columns);
+    for (rows, out) in matrix
+        .chunks(PANEL * columns)
+        .zip(packed.chunks_exact_mut(PANEL * lanes))
+    {
+        out.fill(0.0);
+        for (lane, row) in rows.chunks_exact(columns).enumerate() {
+            for (out, values) in out.chunks_exact_mut(PANEL).zip(row.chunks(2)) {
+                out[lane] = pair(values[0], values.get(1).copied().unwrap_or(0.0));
+            }
         }
     }
 }
@@ -226,7 +272,7 @@ impl<T: Stored> Epilogue<T> {
 
 /// One tile of A·B: R rows, V vectors.
 #[inline(always)]
-unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
+unsafe fn product_tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
     depth: usize,
     a: *const f32,
     a_stride: usize,
@@ -250,7 +296,7 @@ unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
             for (i, row) in tile.iter_mut().enumerate() {
                 let value = S::splat(*a.add(i * a_stride));
                 for (sum, &vector) in row.iter_mut().zip(&vectors) {
-                    *sum = S::fma(value, vector, *sum);
+                    *sum = P::accumulate(value, vector, *sum);
                 }
             }
             a = a.add(1);
@@ -262,7 +308,7 @@ unsafe fn product_tile<S: Simd, const R: usize, const V: usize>(
 
 impl<T: Stored> Multiply<T> {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize, const V: usize>(
+    unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
         &self,
         row: usize,
         column: usize,
@@ -272,23 +318,29 @@ impl<T: Stored> Multiply<T> {
         unsafe {
             let b = self.b.add(column / PANEL * self.b_panel_stride + column % PANEL);
             let a = self.a.add(row * self.a_stride);
-            let tile = product_tile::<S, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride, ahead);
+            let tile =
+                product_tile::<S, P, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride, ahead);
             self.epilogue.finish::<S, R, V>(row, column, self.columns, tile);
         }
     }
 
     /// R rows of the columns below `end`.
     #[inline(always)]
-    unsafe fn row_tiles<S: Simd, const R: usize>(&self, row: usize, end: usize, ahead: &mut Prefetch) {
+    unsafe fn row_tiles<S: Simd, P: Product<S> + Product<S::Half>, const R: usize>(
+        &self,
+        row: usize,
+        end: usize,
+        ahead: &mut Prefetch,
+    ) {
         let mut column = 0;
         while column < end {
             let width = Width::of::<S>(end - column);
             // SAFETY: tiles inside the operands the caller promises.
             unsafe {
                 match width {
-                    Width::Pair => self.tile::<S, R, 2>(row, column, ahead),
-                    Width::Single => self.tile::<S, R, 1>(row, column, ahead),
-                    Width::Half => self.tile::<S::Half, R, 1>(row, column, ahead),
+                    Width::Pair => self.tile::<S, P, R, 2>(row, column, ahead),
+                    Width::Single => self.tile::<S, P, R, 1>(row, column, ahead),
+                    Width::Half => self.tile::<S::Half, P, R, 1>(row, column, ahead),
                 }
             }
             column += width.lanes::<S>();
@@ -297,16 +349,16 @@ impl<T: Stored> Multiply<T> {
 
     /// All rows of three vectors of columns.
     #[inline(always)]
-    unsafe fn triple_tiles<S: Simd>(&self, column: usize, ahead: &mut Prefetch) {
+    unsafe fn triple_tiles<S: Simd, P: Product<S>>(&self, column: usize, ahead: &mut Prefetch) {
         let mut row = 0;
         // SAFETY: tiles inside the operands the caller promises.
         unsafe {
             while row + 4 <= self.rows {
-                self.tile::<S, 4, 3>(row, column, ahead);
+                self.tile::<S, P, 4, 3>(row, column, ahead);
                 row += 4;
             }
             while row < self.rows {
-                self.tile::<S, 1, 3>(row, column, ahead);
+                self.tile::<S, P, 1, 3>(row, column, ahead);
                 row += 1;
             }
         }
@@ -358,7 +410,10 @@ impl Width {
 }
 
 #[inline(always)]
-unsafe fn multiply_body<S: Simd, T: Stored>(args: &Multiply<T>, ahead: &mut Prefetch) {
+unsafe fn multiply_body<S: Simd, T: Stored, P: Product<S> + Product<S::Half>>(
+    args: &Multiply<T>,
+    ahead: &mut Prefetch,
+) {
     let end = before_triple::<S>(args.columns);
     let mut row = 0;
     // SAFETY: tiles inside the operands the caller promises.
@@ -366,37 +421,76 @@ unsafe fn multiply_body<S: Simd, T: Stored>(args: &Multiply<T>, ahead: &mut Pref
         // 24 accumulators where there are 32 registers, 12 where there are 16.
         if S::REGISTERS == 32 {
             while row + 12 <= args.rows {
-                args.row_tiles::<S, 12>(row, end, ahead);
+                args.row_tiles::<S, P, 12>(row, end, ahead);
                 row += 12;
             }
         }
         while row + 6 <= args.rows {
-            args.row_tiles::<S, 6>(row, end, ahead);
+            args.row_tiles::<S, P, 6>(row, end, ahead);
             row += 6;
         }
         if row + 4 <= args.rows {
-            args.row_tiles::<S, 4>(row, end, ahead);
+            args.row_tiles::<S, P, 4>(row, end, ahead);
             row += 4;
         }
         if row + 2 <= args.rows {
-            args.row_tiles::<S, 2>(row, end, ahead);
+            args.row_tiles::<S, P, 2>(row, end, ahead);
             row += 2;
         }
         if row < args.rows {
-            args.row_tiles::<S, 1>(row, end, ahead);
+            args.row_tiles::<S, P, 1>(row, end, ahead);
         }
         if end < args.columns {
-            args.triple_tiles::<S>(end, ahead);
+            args.triple_tiles::<S, P>(end, ahead);
         }
     }
 }
 
-dispatch! {
+macro_rules! products {
+    ($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $([$($declared:tt)*] [$($used:ident),*])? ($args:ty) = $body:ident;) => {
+        $(#[$meta])*
+        $vis unsafe fn $name $(<$($declared)*>)? (isa: Isa, products: Products, args: &$args, ahead: &mut Prefetch) {
+            #[inline(always)]
+            unsafe fn single_body<S: Simd $(, $($declared)*)?>(args: &$args, ahead: &mut Prefetch) {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<S $(, $($used),*)?, SingleProduct>(args, ahead) }
+            }
+            #[inline(always)]
+            unsafe fn pairs_body<S: Simd $(, $($declared)*)?>(args: &$args, ahead: &mut Prefetch) {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<S $(, $($used),*)?, PairProduct>(args, ahead) }
+            }
+            dispatch! {
+                unsafe fn single $([$($declared)*] [$($used),*])? (args: &$args, ahead: &mut Prefetch) = single_body;
+            }
+            dispatch! {
+                unsafe fn pairs $([$($declared)*] [$($used),*])? (args: &$args, ahead: &mut Prefetch) = pairs_body;
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+            unsafe fn native $(<$($declared)*>)? (args: &$args, ahead: &mut Prefetch) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { $body::<Avx512 $(, $($used),*)?, NativePairs>(args, ahead) }
+            }
+            // SAFETY: the instruction sets are available; the rest is the caller's promise.
+            unsafe {
+                match products {
+                    Products::Single => single $(::<$($used),*>)? (isa, args, ahead),
+                    #[cfg(target_arch = "x86_64")]
+                    Products::Bf16Pairs if has_native_pairs(isa) => native $(::<$($used),*>)? (args, ahead),
+                    Products::Bf16Pairs => pairs $(::<$($used),*>)? (isa, args, ahead),
+                }
+            }
+        }
+    };
+}
+
+products! {
     /// C = A·B with an [`Epilogue`]; fetches `ahead` on the way.
     ///
     /// # Safety
     /// `isa` must be available; all pointers must be valid for what [`Multiply`] and [`Epilogue`] say.
-    pub(crate) unsafe fn multiply[T: Stored][T](args: &Multiply<T>, ahead: &mut Prefetch) = multiply_body;
+    pub(crate) unsafe fn multiply[T: Stored][T](Multiply<T>) = multiply_body;
 }
 
 /// Arguments of [`multiply_transposed`].
@@ -426,7 +520,7 @@ pub(crate) struct MultiplyTransposed {
 
 impl MultiplyTransposed {
     #[inline(always)]
-    unsafe fn tile<S: Simd, const R: usize, const V: usize>(
+    unsafe fn tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
         &self,
         row: usize,
         column: usize,
@@ -447,7 +541,7 @@ impl MultiplyTransposed {
                 for (i, row) in tile.iter_mut().enumerate() {
                     let value = S::splat(*p.add(i));
                     for (sum, &vector) in row.iter_mut().zip(&vectors) {
-                        *sum = S::fma(value, vector, *sum);
+                        *sum = P::accumulate(value, vector, *sum);
                     }
                 }
                 p = p.add(self.p_stride);
@@ -472,48 +566,55 @@ impl MultiplyTransposed {
 
     /// V vectors of all rows of C.
     #[inline(always)]
-    unsafe fn column_tiles<S: Simd, const V: usize>(&self, column: usize, ahead: &mut Prefetch) {
+    unsafe fn column_tiles<S: Simd, P: Product<S>, const V: usize>(
+        &self,
+        column: usize,
+        ahead: &mut Prefetch,
+    ) {
         let mut row = 0;
         // SAFETY: tiles inside the operands the caller promises.
         unsafe {
             if V == 3 {
                 while row + 4 <= self.rows {
-                    self.tile::<S, 4, V>(row, column, ahead);
+                    self.tile::<S, P, 4, V>(row, column, ahead);
                     row += 4;
                 }
                 while row < self.rows {
-                    self.tile::<S, 1, V>(row, column, ahead);
+                    self.tile::<S, P, 1, V>(row, column, ahead);
                     row += 1;
                 }
                 return;
             }
             if S::REGISTERS == 32 {
                 while row + 12 <= self.rows {
-                    self.tile::<S, 12, V>(row, column, ahead);
+                    self.tile::<S, P, 12, V>(row, column, ahead);
                     row += 12;
                 }
             }
             while row + 6 <= self.rows {
-                self.tile::<S, 6, V>(row, column, ahead);
+                self.tile::<S, P, 6, V>(row, column, ahead);
                 row += 6;
             }
             if row + 4 <= self.rows {
-                self.tile::<S, 4, V>(row, column, ahead);
+                self.tile::<S, P, 4, V>(row, column, ahead);
                 row += 4;
             }
             if row + 2 <= self.rows {
-                self.tile::<S, 2, V>(row, column, ahead);
+                self.tile::<S, P, 2, V>(row, column, ahead);
                 row += 2;
             }
             if row < self.rows {
-                self.tile::<S, 1, V>(row, column, ahead);
+                self.tile::<S, P, 1, V>(row, column, ahead);
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed, ahead: &mut Prefetch) {
+unsafe fn multiply_transposed_body<S: Simd, P: Product<S> + Product<S::Half>>(
+    args: &MultiplyTransposed,
+    ahead: &mut Prefetch,
+) {
     let end = before_triple::<S>(args.columns);
     let mut column = 0;
     while column < end {
@@ -521,25 +622,25 @@ unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed, ahead: &m
         // SAFETY: tiles inside the operands the caller promises, rounded up to whole panels.
         unsafe {
             match width {
-                Width::Pair => args.column_tiles::<S, 2>(column, ahead),
-                Width::Single => args.column_tiles::<S, 1>(column, ahead),
-                Width::Half => args.column_tiles::<S::Half, 1>(column, ahead),
+                Width::Pair => args.column_tiles::<S, P, 2>(column, ahead),
+                Width::Single => args.column_tiles::<S, P, 1>(column, ahead),
+                Width::Half => args.column_tiles::<S::Half, P, 1>(column, ahead),
             }
         }
         column += width.lanes::<S>();
     }
     if end < args.columns {
         // SAFETY: as above.
-        unsafe { args.column_tiles::<S, 3>(end, ahead) }
+        unsafe { args.column_tiles::<S, P, 3>(end, ahead) }
     }
 }
 
-dispatch! {
+products! {
     /// C = Pᵀ·Q, or C += Pᵀ·Q; fetches `ahead` on the way.
     ///
     /// # Safety
     /// `isa` must be available; all pointers must be valid for what [`MultiplyTransposed`] says.
-    pub(crate) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut Prefetch) = multiply_transposed_body;
+    pub(crate) unsafe fn multiply_transposed(MultiplyTransposed) = multiply_transposed_body;
 }
 
 #[cfg(test)]
@@ -555,10 +656,25 @@ mod tests {
     }
 
     /// C and, where asked for, the sums after one product; `None` sums leave them out.
-    fn product(isa: Isa, (m, n, k): (usize, usize, usize), full: bool) -> (Vec<f32>, Vec<f32>) {
+    fn product(
+        isa: Isa,
+        products: Products,
+        (m, n, k): (usize, usize, usize),
+        full: bool,
+    ) -> (Vec<f32>, Vec<f32>) {
         let (a, b, bias) = (values(m * k, 1), values(k * n, 2), values(padded(n), 3));
-        let mut packed = vec![f32::NAN; packed_len(k, n)];
-        pack(&b, n, &mut packed);
+        let lanes = products.lanes(k);
+        let mut packed = vec![f32::NAN; packed_len(lanes, n)];
+        let a = match products {
+            Products::Single => {
+                pack(&b, n, &mut packed);
+                a
+            }
+            Products::Bf16Pairs => {
+                pack_pairs(&b, n, &mut packed);
+                pairs_of_columns(&a, k)
+            }
+        };
         let (mut c, mut sums) = (values(m * (n + 3), 4), vec![0.5; 2 * padded(n)]);
         let mut epilogue = Epilogue::store(c.as_mut_ptr(), n + 3);
         if full {
@@ -570,16 +686,43 @@ mod tests {
         let args = Multiply {
             rows: m,
             columns: n,
-            depth: k,
+            depth: lanes,
             a: a.as_ptr(),
-            a_stride: k,
+            a_stride: lanes,
             b: packed.as_ptr(),
-            b_panel_stride: k * PANEL,
+            b_panel_stride: lanes * PANEL,
             epilogue,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply(isa, &args, &mut Prefetch::none()) };
+        unsafe { multiply(isa, products, &args, &mut Prefetch::none()) };
         (c, sums)
+    }
+
+    /// Rows of pairs of neighbouring columns.
+    fn pairs_of_columns(matrix: &[f32], columns: usize) -> Vec<f32> {
+        (matrix.chunks(columns))
+            .flat_map(|row| {
+                row.chunks(2)
+                    .map(|v| pair(v[0], v.get(1).copied().unwrap_or(0.0)))
+            })
+            .collect()
+    }
+
+    /// Pairs of neighbouring rows.
+    fn pairs_of_rows(matrix: &[f32], columns: usize) -> Vec<f32> {
+        (matrix.chunks(2 * columns))
+            .flat_map(|rows| {
+                (0..columns).map(|j| pair(rows[j], rows.get(columns + j).copied().unwrap_or(0.0)))
+            })
+            .collect()
+    }
+
+    /// What the products multiply.
+    fn operand(products: Products, value: f32) -> f64 {
+        f64::from(match products {
+            Products::Single => value,
+            Products::Bf16Pairs => Bf16::from_f32(value).to_f32(),
+        })
     }
 
     const SHAPES: [(usize, usize, usize); 9] = [
@@ -594,9 +737,14 @@ mod tests {
         (96, 819, 4),
     ];
 
+    fn shapes() -> impl Iterator<Item = ((usize, usize, usize), Products)> {
+        let both = |shape| [Products::Single, Products::Bf16Pairs].map(|products| (shape, products));
+        SHAPES.into_iter().flat_map(both)
+    }
+
     #[test]
     fn a_product_matches_float64_and_touches_nothing_else() {
-        for (m, n, k) in SHAPES {
+        for ((m, n, k), products) in shapes() {
             let (a, b, bias, before) = (
                 values(m * k, 1),
                 values(k * n, 2),
@@ -604,12 +752,12 @@ mod tests {
                 values(m * (n + 3), 4),
             );
             for full in [false, true] {
-                let (c, sums) = product(Isa::detect(), (m, n, k), full);
+                let (c, sums) = product(Isa::detect(), products, (m, n, k), full);
                 let (mut total, mut squares) = (vec![0.5f64; n], vec![0.5f64; n]);
                 for i in 0..m {
                     for j in 0..n {
                         let dot: f64 = (0..k)
-                            .map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j]))
+                            .map(|l| operand(products, a[i * k + l]) * operand(products, b[l * n + j]))
                             .sum();
                         let rest = f64::from(before[i * (n + 3) + j]) + f64::from(bias[j]);
                         let expected = if full { dot + rest } else { dot };
@@ -632,23 +780,31 @@ mod tests {
 
     #[test]
     fn a_product_has_the_same_bits_on_every_instruction_set() {
-        for shape in SHAPES {
-            let expected = product(Isa::Portable, shape, true);
+        for (shape, products) in shapes() {
+            let expected = product(Isa::Portable, products, shape, true);
             for isa in Isa::available() {
-                let (c, sums) = product(isa, shape, true);
+                let (c, sums) = product(isa, products, shape, true);
                 let (n, padded_n) = (shape.1, padded(shape.1));
-                assert_eq!(c, expected.0, "{shape:?} on {isa}");
+                assert_eq!(c, expected.0, "{shape:?}, {products:?} on {isa}");
                 assert_eq!(sums[..n], expected.1[..n]);
                 assert_eq!(sums[padded_n..][..n], expected.1[padded_n..][..n]);
             }
         }
     }
 
-    fn transposed_product(isa: Isa, (m, n, k): (usize, usize, usize), accumulate: bool) -> Vec<f32> {
-        let (p, q) = (values(m * k, 1), values(m * padded(n), 2));
+    fn transposed_product(
+        isa: Isa,
+        products: Products,
+        (m, n, k): (usize, usize, usize),
+        accumulate: bool,
+    ) -> Vec<f32> {
+        let (mut p, mut q) = (values(m * k, 1), values(m * padded(n), 2));
+        if products == Products::Bf16Pairs {
+            (p, q) = (pairs_of_rows(&p, k), pairs_of_rows(&q, padded(n)));
+        }
         let mut c = values(k * padded(n), 3);
         let args = MultiplyTransposed {
-            depth: m,
+            depth: products.lanes(m),
             rows: k,
             columns: n,
             p: p.as_ptr(),
@@ -660,30 +816,32 @@ mod tests {
             accumulate,
         };
         // SAFETY: the instruction set is available and the buffers have the sizes given.
-        unsafe { multiply_transposed(isa, &args, &mut Prefetch::none()) };
+        unsafe { multiply_transposed(isa, products, &args, &mut Prefetch::none()) };
         c.chunks(padded(n)).flat_map(|row| row[..n].to_vec()).collect()
     }
 
     #[test]
     fn a_transposed_product_matches_float64_and_has_the_same_bits_on_every_instruction_set() {
-        for (m, n, k) in SHAPES {
+        for ((m, n, k), products) in shapes() {
             let (p, q, before) = (
                 values(m * k, 1),
                 values(m * padded(n), 2),
                 values(k * padded(n), 3),
             );
             for accumulate in [false, true] {
-                let expected = transposed_product(Isa::Portable, (m, n, k), accumulate);
+                let expected = transposed_product(Isa::Portable, products, (m, n, k), accumulate);
                 for isa in Isa::available() {
                     assert_eq!(
-                        transposed_product(isa, (m, n, k), accumulate),
+                        transposed_product(isa, products, (m, n, k), accumulate),
                         expected,
-                        "{m}x{n}x{k} on {isa}"
+                        "{m}x{n}x{k}, {products:?} on {isa}"
                     );
                 }
                 for i in 0..k {
                     for j in 0..n {
-                        let dot = |r: usize| f64::from(p[r * k + i]) * f64::from(q[r * padded(n) + j]);
+                        let dot = |r: usize| {
+                            operand(products, p[r * k + i]) * operand(products, q[r * padded(n) + j])
+                        };
                         let start = if accumulate {
                             f64::from(before[i * padded(n) + j])
                         } else {
@@ -710,6 +868,14 @@ mod tests {
         );
         pack_transposed(&matrix, columns, &mut a);
         pack(&copy, rows, &mut b);
+        assert_eq!(a, b);
+        let lanes = Products::Bf16Pairs.lanes(columns);
+        let (mut a, mut b) = (
+            vec![1.0; packed_len(lanes, rows)],
+            vec![2.0; packed_len(lanes, rows)],
+        );
+        pack_pairs_transposed(&matrix, columns, &mut a);
+        pack_pairs(&copy, rows, &mut b);
         assert_eq!(a, b);
     }
 }

@@ -15,14 +15,14 @@ use super::Executor;
 use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, Prefetch, padded, scratch_stride};
 use super::row_plan::{BLOCK_ROWS, RowBlock, RowTask};
 use super::row_sweeps::{
-    ACTIVATION_SUMS, Activate, ActivateBackward, ColumnSums, FinishGradient, FormGradient, Normalize,
-    ReducePartials, flush, sweep,
+    ACTIVATION_SUMS, Activate, ActivateBackward, ColumnSums, CopyRows, FinishGradient, FormGradient,
+    Normalize, ReducePartials, RowPairs, Rows, RowsAndPairs, Sink, flush, sweep,
 };
 use crate::arena::{ALIGNMENT, AlignedBuf, Bump, SharedPtr};
 use crate::math::{Act, with_activation};
 use crate::probe::{Kernel, Work};
 use crate::simd::Isa;
-use crate::storage::Stored;
+use crate::storage::{Bf16, PassProducts, Products, Stored};
 
 pub use super::row_plan::{RowPlan, Segment};
 
@@ -54,16 +54,24 @@ fn slabs(columns: usize) -> impl Iterator<Item = (usize, usize)> {
 pub struct PackedWeights {
     inputs: usize,
     outputs: usize,
+    products: PassProducts,
     forward: AlignedBuf,
     backward: AlignedBuf,
 }
 
 impl PackedWeights {
-    /// Zero weights from `inputs` to `outputs` channels.
+    /// Zero weights from `inputs` to `outputs` channels, for products of f32.
     pub fn new(inputs: usize, outputs: usize) -> Self {
+        Self::with_products(inputs, outputs, PassProducts::default())
+    }
+
+    /// Zero weights from `inputs` to `outputs` channels; the products that make outputs and gradients take their operands as
+    /// `products` says, whatever the tensors are stored as.
+    pub fn with_products(inputs: usize, outputs: usize, products: PassProducts) -> Self {
         Self {
             inputs,
             outputs,
+            products,
             forward: AlignedBuf::default(),
             backward: AlignedBuf::default(),
         }
@@ -81,9 +89,7 @@ impl PackedWeights {
 
     /// Bytes that the weights take once packed for both passes.
     pub(crate) fn bytes(&self) -> usize {
-        let values =
-            gemm::packed_len(self.inputs, self.outputs) + gemm::packed_len(self.outputs, self.inputs);
-        values * size_of::<f32>()
+        (self.forward_len() + self.backward_len()) * size_of::<f32>()
     }
 
     /// Bytes of the partial weight gradients of a backward pass.
@@ -93,17 +99,21 @@ impl PackedWeights {
         partials * size_of::<f32>()
     }
 
+    fn forward_len(&self) -> usize {
+        gemm::packed_len(self.products.forward.lanes(self.inputs), self.outputs)
+    }
+
+    fn backward_len(&self) -> usize {
+        gemm::packed_len(self.products.backward.lanes(self.outputs), self.inputs)
+    }
+
     fn check_forward(&self) {
-        assert!(
-            self.forward.len() >= gemm::packed_len(self.inputs, self.outputs),
-            "weights are not packed"
-        );
+        assert!(self.forward.len() >= self.forward_len(), "weights are not packed");
     }
 
     fn check_backward(&self) {
-        let len = gemm::packed_len(self.outputs, self.inputs);
         assert!(
-            self.backward.len() >= len,
+            self.backward.len() >= self.backward_len(),
             "weights are not packed for the backward pass"
         );
     }
@@ -135,15 +145,21 @@ pub fn pack(executor: &Executor, packing: Packing, layers: &mut [(&mut PackedWei
     executor.pool().run(layers.len(), &|task, _| {
         // SAFETY: each task has a layer to itself.
         let (packed, source) = unsafe { &mut *jobs.get().add(task) };
-        let (inputs, outputs) = (packed.inputs, packed.outputs);
+        let outputs = packed.outputs;
         if source.is_empty() {
             return;
         }
-        packed.forward.grow(gemm::packed_len(inputs, outputs));
-        gemm::pack(source, outputs, &mut packed.forward);
+        packed.forward.grow(packed.forward_len());
+        match packed.products.forward {
+            Products::Single => gemm::pack(source, outputs, &mut packed.forward),
+            Products::Bf16Pairs => gemm::pack_pairs(source, outputs, &mut packed.forward),
+        }
         if packing == Packing::ForwardAndBackward {
-            packed.backward.grow(gemm::packed_len(outputs, inputs));
-            gemm::pack_transposed(source, outputs, &mut packed.backward);
+            packed.backward.grow(packed.backward_len());
+            match packed.products.backward {
+                Products::Single => gemm::pack_transposed(source, outputs, &mut packed.backward),
+                Products::Bf16Pairs => gemm::pack_pairs_transposed(source, outputs, &mut packed.backward),
+            }
         }
     });
 }
@@ -308,20 +324,14 @@ pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y
     let (isa, pool) = (executor.isa(), executor.pool());
     let tasks = plan.tasks(FORWARD_TASKS);
     let sums_stride = padded(outputs);
-    let slab_stride = operand.slab_stride(inputs);
-    let one_slab = slab_columns(inputs) >= inputs;
-    let streaming = streaming && one_slab && rows_are_aligned(y, stride);
+    let products = weights.products.forward;
     // Partial sums would lose bits in a format of halves.
     let slabs: Vec<(usize, usize)> = match size_of::<Y>() < size_of::<f32>() {
-        true => {
-            assert!(
-                one_slab || slab_stride == 0,
-                "a product of many formed columns must be stored as f32"
-            );
-            vec![(0, inputs)]
-        }
+        true => vec![(0, inputs)],
         false => slabs(inputs).collect(),
     };
+    let slab_stride = operand.slab_stride(products, slabs[0].1);
+    let streaming = streaming && slabs.len() == 1 && rows_are_aligned(y, stride);
     let mut workspace = executor.workspace();
     let totals = workspace.totals(tasks.len() * 2 * outputs);
     let task_totals = SharedPtr::new(totals);
@@ -352,7 +362,8 @@ pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y
                 operand.prepare(isa, block, inputs);
                 let c = y.get().add(block.row * stride);
                 for &(first, depth) in &slabs {
-                    let (a, a_stride) = operand.slab(isa, block, inputs, (first, depth), (slab, slab_stride));
+                    let (a, a_stride) =
+                        operand.slab(isa, products, block, inputs, (first, depth), (slab, slab_stride));
                     let last = first + depth == inputs;
                     let epilogue = Epilogue {
                         accumulate: first > 0,
@@ -370,18 +381,18 @@ pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y
                         streaming,
                         ..Epilogue::store(c, stride)
                     };
-                    let b = weights.forward.as_ptr().add(first * PANEL);
+                    let b = weights.forward.as_ptr().add(products.lanes(first) * PANEL);
                     let product = Multiply {
                         rows: block.rows,
                         columns: outputs,
-                        depth,
+                        depth: products.lanes(depth),
                         a,
                         a_stride,
                         b,
-                        b_panel_stride: inputs * PANEL,
+                        b_panel_stride: products.lanes(inputs) * PANEL,
                         epilogue,
                     };
-                    gemm::multiply(isa, &product, &mut ahead);
+                    gemm::multiply(isa, products, &product, &mut ahead);
                 }
                 for row in (0..block.rows).filter(|_| stride > outputs) {
                     c.add(row * stride + outputs).write_bytes(0, stride - outputs);
@@ -537,11 +548,18 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
     let tasks = &partials.tasks;
     let (floats, totals) = workspace.both(partials.len(), tasks.len() * (2 * inputs + outputs));
     let (dw_partials, task_totals) = (SharedPtr::new(floats), SharedPtr::new(totals));
-    let slab_stride = scratch_stride(slab_columns(outputs));
+    let products = weights.products.backward;
     let sums_stride = padded(inputs);
     let bias_len = padded(outputs);
-    let scratch_len =
-        Bump::room(2 * sums_stride) + Bump::room(bias_len) + Bump::room(BLOCK_ROWS * slab_stride);
+    let slab_width = slab_columns(outputs).min(outputs);
+    let x_stride = match products {
+        Products::Single => 0,
+        Products::Bf16Pairs => scratch_stride(inputs),
+    };
+    let scratch_len = Bump::room(2 * sums_stride)
+        + Bump::room(bias_len)
+        + FormedGradient::room(products, slab_width, partials.has_bias())
+        + Bump::room(BLOCK_ROWS / 2 * x_stride);
 
     pool.run(tasks.len(), &|task, worker| {
         // SAFETY: inside the task, with its worker, once; the totals and partials at `task` belong to it alone.
@@ -554,7 +572,8 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
         };
         let block_sums = scratch.take_zeroed(2 * sums_stride);
         let bias_sums = scratch.take_zeroed(bias_len);
-        let slab = scratch.take(BLOCK_ROWS * slab_stride);
+        let slab = FormedGradient::new(products, slab_width, partials.has_bias(), &mut scratch);
+        let x_pairs = scratch.take(BLOCK_ROWS / 2 * x_stride);
         totals.fill(0.0);
         let (below_totals, bias_totals) = totals.split_at_mut(2 * inputs);
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
@@ -562,50 +581,57 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
             // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
             unsafe {
                 let at = block.row * inputs;
+                let (p, p_stride) = match products {
+                    Products::Single => (x.as_ptr().add(at), inputs),
+                    Products::Bf16Pairs => {
+                        let pass = CopyRows {
+                            rows: block.rows,
+                            columns: inputs,
+                            x: x.as_ptr().add(at),
+                            stride: inputs,
+                            out: RowPairs {
+                                out: x_pairs,
+                                stride: x_stride,
+                            },
+                        };
+                        sweep(isa, &pass);
+                        (x_pairs.cast_const(), x_stride)
+                    }
+                };
                 for (first, columns) in slabs(outputs) {
-                    output_gradient.form(isa, block, outputs, (first, columns), (slab, slab_stride));
+                    let bias_sums = partials.has_bias().then(|| bias_sums.add(first));
+                    slab.form(isa, &output_gradient, block, outputs, (first, columns), bias_sums);
                     if let Some(dx) = &dx {
+                        let (a, a_stride) = slab.left_operand();
                         let product = Multiply {
                             rows: block.rows,
                             columns: inputs,
-                            depth: columns,
-                            a: slab,
-                            a_stride: slab_stride,
-                            b: weights.backward.as_ptr().add(first * PANEL),
-                            b_panel_stride: outputs * PANEL,
+                            depth: products.lanes(columns),
+                            a,
+                            a_stride,
+                            b: weights.backward.as_ptr().add(products.lanes(first) * PANEL),
+                            b_panel_stride: products.lanes(outputs) * PANEL,
                             epilogue: Epilogue {
                                 accumulate: accumulate || first > 0,
                                 ..Epilogue::store(dx.get().add(at), inputs)
                             },
                         };
-                        gemm::multiply(isa, &product, &mut ahead);
+                        gemm::multiply(isa, products, &product, &mut ahead);
                     }
+                    let (q, q_stride) = slab.right_operand();
                     let product = MultiplyTransposed {
-                        depth: block.rows,
+                        depth: products.lanes(block.rows),
                         rows: inputs,
                         columns,
-                        p: x.as_ptr().add(at),
-                        p_stride: inputs,
-                        q: slab,
-                        q_stride: slab_stride,
+                        p,
+                        p_stride,
+                        q,
+                        q_stride,
                         c: dw.add(first),
                         c_stride: padded(outputs),
                         accumulate: index > 0,
                     };
-                    gemm::multiply_transposed(isa, &product, &mut ahead);
-                    if partials.has_bias() {
-                        let (x, sums) = (slab.cast_const(), bias_sums.add(first));
-                        sweep(
-                            isa,
-                            &ColumnSums {
-                                rows: block.rows,
-                                columns,
-                                x,
-                                stride: slab_stride,
-                                sums,
-                            },
-                        );
-                    }
+                    gemm::multiply_transposed(isa, products, &product, &mut ahead);
                 }
                 if partials.has_bias() {
                     flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
@@ -730,14 +756,14 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
     let (task_span_totals, task_bias_totals) = (SharedPtr::new(span_totals), SharedPtr::new(bias_totals));
     let streaming = streaming && rows_are_aligned(da, inputs);
     let da = SharedPtr::new(da);
-    let dy_stride = scratch_stride(outputs);
+    let products = weights.products.backward;
     let tile_columns = slab_columns(inputs);
     let tile_stride = scratch_stride(tile_columns);
     let sums_stride = padded(tile_columns);
     let bias_len = padded(outputs);
     let scratch_len = Bump::room(ACTIVATION_SUMS * sums_stride)
         + Bump::room(bias_len)
-        + Bump::room(BLOCK_ROWS * dy_stride)
+        + FormedGradient::room(products, outputs, partials.has_bias())
         + Bump::room(BLOCK_ROWS * tile_stride);
 
     pool.run(tasks.len(), &|task, worker| {
@@ -751,7 +777,7 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
         };
         let block_sums = scratch.take_zeroed(ACTIVATION_SUMS * sums_stride);
         let bias_sums = scratch.take_zeroed(bias_len);
-        let dy = scratch.take(BLOCK_ROWS * dy_stride);
+        let dy = FormedGradient::new(products, outputs, partials.has_bias(), &mut scratch);
         let tile = scratch.take(BLOCK_ROWS * tile_stride);
         bias_totals.fill(0.0);
         let mut span = first_spans[task];
@@ -769,76 +795,122 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
                     totals.fill(0.0);
                     image = Some(block.image);
                 }
-                output_gradient.form(isa, block, outputs, (0, outputs), (dy, dy_stride));
+                let sums = partials.has_bias().then_some(bias_sums);
+                dy.form(isa, &output_gradient, block, outputs, (0, outputs), sums);
                 if partials.has_bias() {
-                    let (x, sums) = (dy.cast_const(), bias_sums);
-                    sweep(
-                        isa,
-                        &ColumnSums {
-                            rows: block.rows,
-                            columns: outputs,
-                            x,
-                            stride: dy_stride,
-                            sums,
-                        },
-                    );
                     flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
                 }
+                let ((a, a_stride), (q, q_stride)) = (dy.left_operand(), dy.right_operand());
                 for (first, columns) in slabs(inputs) {
                     let product = Multiply {
                         rows: block.rows,
                         columns,
-                        depth: outputs,
-                        a: dy,
-                        a_stride: dy_stride,
-                        b: weights.backward.as_ptr().add(first * outputs),
-                        b_panel_stride: outputs * PANEL,
+                        depth: products.lanes(outputs),
+                        a,
+                        a_stride,
+                        b: weights.backward.as_ptr().add(first * products.lanes(outputs)),
+                        b_panel_stride: products.lanes(outputs) * PANEL,
                         epilogue: Epilogue::store(tile, tile_stride),
                     };
-                    gemm::multiply(isa, &product, &mut ahead);
+                    gemm::multiply(isa, products, &product, &mut ahead);
                     let at = block.row * inputs + first;
-                    with_activation!(input.act, A => {
-                        let pass = ActivateBackward::<A, X, G> {
-                            rows: block.rows,
-                            columns,
-                            raw: input.raw.as_ptr().add(at),
-                            stride: inputs,
-                            scale: input.scale.of(block, inputs, first),
-                            shift: input.shift.of(block, inputs, first),
-                            gate: input.gate_of(block, inputs, first),
-                            tile,
-                            tile_stride,
-                            da: da.get().add(at),
-                            streaming,
-                            sums: block_sums,
-                            sums_stride,
-                            act: PhantomData,
-                        };
-                        sweep(isa, &pass);
-                    });
+                    let pass = ActivationPass {
+                        input: &input,
+                        block,
+                        channels: inputs,
+                        columns: (first, columns),
+                        tile,
+                        tile_stride,
+                        da: da.get().add(at),
+                        streaming,
+                        sums: block_sums,
+                        sums_stride,
+                    };
+                    match products {
+                        Products::Single => pass.run(
+                            isa,
+                            Rows {
+                                out: tile,
+                                stride: tile_stride,
+                            },
+                        ),
+                        // A pair of rows takes the place of a row that was read before.
+                        Products::Bf16Pairs => pass.run(
+                            isa,
+                            RowPairs {
+                                out: tile,
+                                stride: tile_stride,
+                            },
+                        ),
+                    }
                     for (i, totals) in totals.chunks_exact_mut(inputs).enumerate() {
                         let sums = std::slice::from_raw_parts_mut(block_sums.add(i * sums_stride), columns);
                         flush(isa, sums, &mut totals[first..first + columns]);
                     }
                     let product = MultiplyTransposed {
-                        depth: block.rows,
+                        depth: products.lanes(block.rows),
                         rows: columns,
                         columns: outputs,
                         p: tile,
                         p_stride: tile_stride,
-                        q: dy,
-                        q_stride: dy_stride,
+                        q,
+                        q_stride,
                         c: dw.add(first * padded(outputs)),
                         c_stride: padded(outputs),
                         accumulate: index > 0,
                     };
-                    gemm::multiply_transposed(isa, &product, &mut ahead);
+                    gemm::multiply_transposed(isa, products, &product, &mut ahead);
                 }
             }
         }
     });
     reduce_totals(span_totals, spans.iter().copied(), sums, sums_len);
     partials.reduce(executor, floats, bias_totals.chunks_exact(outputs));
+}
+
+/// The elementwise pass of [`backward_activated`] over some columns of a block.
+struct ActivationPass<'a, X, G> {
+    input: &'a Activated<'a, X>,
+    block: &'a RowBlock,
+    channels: usize,
+    columns: (usize, usize),
+    tile: *const f32,
+    tile_stride: usize,
+    da: *mut G,
+    streaming: bool,
+    sums: *mut f32,
+    sums_stride: usize,
+}
+
+impl<X: Stored, G: Stored> ActivationPass<'_, X, G> {
+    /// # Safety
+    /// As for [`sweep`] with [`ActivateBackward`].
+    unsafe fn run(&self, isa: Isa, operand: impl Sink) {
+        let (input, block, (first, columns)) = (self.input, self.block, self.columns);
+        // SAFETY: the caller's promise.
+        unsafe {
+            with_activation!(input.act, A => {
+                let pass = ActivateBackward::<A, X, G, _> {
+                    rows: block.rows,
+                    columns,
+                    raw: input.raw.as_ptr().add(block.row * self.channels + first),
+                    stride: self.channels,
+                    scale: input.scale.of(block, self.channels, first),
+                    shift: input.shift.of(block, self.channels, first),
+                    gate: input.gate_of(block, self.channels, first),
+                    tile: self.tile,
+                    tile_stride: self.tile_stride,
+                    operand,
+                    da: self.da,
+                    streaming: self.streaming,
+                    sums: self.sums,
+                    sums_stride: self.sums_stride,
+                    act: PhantomData,
+                };
+                sweep(isa, &pass);
+            });
+        }
+    }
 }
 
 /// The left operand of a forward pass with its pointers ready to be shared by tasks.
@@ -901,11 +973,11 @@ impl<'a, X: Stored> LeftOperand<'a, X> {
         }
     }
 
-    /// Row stride of the scratch slab, 0 where none is needed.
-    fn slab_stride(&self, channels: usize) -> usize {
-        match self {
-            Self::Activated(_) => scratch_stride(slab_columns(channels)),
-            Self::Plain(_) | Self::Normalized { .. } => 0,
+    /// Row stride in lanes of the scratch slab for `columns`, 0 where none is needed.
+    fn slab_stride(&self, products: Products, columns: usize) -> usize {
+        match (self, products) {
+            (Self::Plain(_) | Self::Normalized { .. }, Products::Single) => 0,
+            _ => scratch_stride(products.lanes(columns)),
         }
     }
 
@@ -946,36 +1018,77 @@ impl<'a, X: Stored> LeftOperand<'a, X> {
     unsafe fn slab(
         &self,
         isa: Isa,
+        products: Products,
         block: &RowBlock,
         channels: usize,
         (first, columns): (usize, usize),
-        (out, out_stride): (*mut f32, usize),
+        (out, stride): (*mut f32, usize),
     ) -> (*const f32, usize) {
         let at = block.row * channels + first;
         // SAFETY: the sizes were checked in `new`.
         unsafe {
-            match self {
-                Self::Plain(x) => (x.as_ptr().add(at), channels),
-                Self::Normalized { x, .. } => (x.get().add(at), channels),
-                Self::Activated(input) => {
-                    with_activation!(input.act, A => {
-                        let pass = Activate::<A, X> {
-                            rows: block.rows,
-                            columns,
-                            raw: input.raw.as_ptr().add(at),
-                            raw_stride: channels,
-                            scale: input.scale.of(block, channels, first),
-                            shift: input.shift.of(block, channels, first),
-                            gate: input.gate_of(block, channels, first),
-                            out,
-                            out_stride,
-                            act: PhantomData,
-                        };
-                        sweep(isa, &pass);
-                    });
-                    (out, out_stride)
+            let stored = match self {
+                Self::Plain(x) => x.as_ptr().add(at),
+                Self::Normalized { x, .. } => x.get().add(at).cast_const(),
+                Self::Activated(_) => std::ptr::null(),
+            };
+            let halves = Rows::<Bf16> {
+                out: out.cast(),
+                stride: 2 * stride,
+            };
+            match (self, products) {
+                (Self::Activated(input), Products::Single) => {
+                    input.form(isa, block, channels, (first, columns), Rows { out, stride });
+                }
+                (Self::Activated(input), Products::Bf16Pairs) => {
+                    input.form(isa, block, channels, (first, columns), halves);
+                }
+                (Self::Plain(_) | Self::Normalized { .. }, Products::Single) => return (stored, channels),
+                (Self::Plain(_) | Self::Normalized { .. }, Products::Bf16Pairs) => {
+                    let pass = CopyRows {
+                        rows: block.rows,
+                        columns,
+                        x: stored,
+                        stride: channels,
+                        out: halves,
+                    };
+                    sweep(isa, &pass);
                 }
             }
+            (out, stride)
+        }
+    }
+}
+
+impl<X: Stored> Activated<'_, X> {
+    /// Forms some columns of a block.
+    ///
+    /// # Safety
+    /// `isa` must be available, the sizes checked and `out` hold `BLOCK_ROWS` rows.
+    unsafe fn form(
+        &self,
+        isa: Isa,
+        block: &RowBlock,
+        channels: usize,
+        (first, columns): (usize, usize),
+        out: impl Sink,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            with_activation!(self.act, A => {
+                let pass = Activate::<A, X, _> {
+                    rows: block.rows,
+                    columns,
+                    raw: self.raw.as_ptr().add(block.row * channels + first),
+                    raw_stride: channels,
+                    scale: self.scale.of(block, channels, first),
+                    shift: self.shift.of(block, channels, first),
+                    gate: self.gate_of(block, channels, first),
+                    out,
+                    act: PhantomData,
+                };
+                sweep(isa, &pass);
+            });
         }
     }
 }
@@ -1031,14 +1144,14 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
     /// Forms some columns of a block of dY.
     ///
     /// # Safety
-    /// `isa` must be available, the sizes checked and `out` hold `BLOCK_ROWS` rows of its stride.
+    /// `isa` must be available, the sizes checked and `out` hold `BLOCK_ROWS` rows.
     unsafe fn form(
         &self,
         isa: Isa,
         block: &RowBlock,
         channels: usize,
         (first, columns): (usize, usize),
-        (out, out_stride): (*mut f32, usize),
+        out: impl Sink,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -1052,7 +1165,6 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
                 b: std::ptr::null(),
                 c: std::ptr::null(),
                 out,
-                out_stride,
             };
             match self {
                 Self::Plain { dy, stride } => {
@@ -1076,6 +1188,115 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
                 }
             }
             sweep(isa, &pass);
+        }
+    }
+}
+
+/// Scratch for some columns of a block of dY as the products of a backward pass read it.
+struct FormedGradient {
+    products: Products,
+    /// Rows of f32; without memory where nothing reads them.
+    plain: Rows<f32>,
+    halves: RowsAndPairs,
+}
+
+impl FormedGradient {
+    /// Strides in lanes of rows of f32, of rows of bfloat16 and of pairs of rows, 0 where there are none.
+    fn strides(products: Products, columns: usize, with_bias: bool) -> [usize; 3] {
+        let whole = scratch_stride(columns);
+        match products {
+            Products::Single => [whole, 0, 0],
+            Products::Bf16Pairs => [
+                if with_bias { whole } else { 0 },
+                scratch_stride(products.lanes(columns)),
+                whole,
+            ],
+        }
+    }
+
+    /// Scratch values that a slab of `columns` takes.
+    fn room(products: Products, columns: usize, with_bias: bool) -> usize {
+        let [plain, rows, pairs] = Self::strides(products, columns, with_bias);
+        Bump::room(BLOCK_ROWS * plain) + Bump::room(BLOCK_ROWS * rows) + Bump::room(BLOCK_ROWS / 2 * pairs)
+    }
+
+    fn new(products: Products, columns: usize, with_bias: bool, scratch: &mut Bump) -> Self {
+        let [plain, rows, pairs] = Self::strides(products, columns, with_bias);
+        Self {
+            products,
+            plain: Rows {
+                out: scratch.take(BLOCK_ROWS * plain),
+                stride: plain,
+            },
+            halves: RowsAndPairs {
+                rows: Rows {
+                    out: scratch.take(BLOCK_ROWS * rows).cast(),
+                    stride: 2 * rows,
+                },
+                pairs: RowPairs {
+                    out: scratch.take(BLOCK_ROWS / 2 * pairs),
+                    stride: pairs,
+                },
+            },
+        }
+    }
+
+    /// Forms some columns of a block of dY, and adds Σ dY over its rows to `bias_sums`.
+    ///
+    /// # Safety
+    /// As for [`OutputGradient::form`]; the slab must have been made for as many columns, and with bias if sums are given.
+    unsafe fn form<G: Stored, Y: Stored>(
+        &self,
+        isa: Isa,
+        gradient: &OutputGradient<'_, G, Y>,
+        block: &RowBlock,
+        channels: usize,
+        (first, columns): (usize, usize),
+        bias_sums: Option<*mut f32>,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.products == Products::Bf16Pairs && bias_sums.is_none() {
+                gradient.form(isa, block, channels, (first, columns), self.halves);
+                return;
+            }
+            gradient.form(isa, block, channels, (first, columns), self.plain);
+            if let Some(sums) = bias_sums {
+                let pass = ColumnSums {
+                    rows: block.rows,
+                    columns,
+                    x: self.plain.out,
+                    stride: self.plain.stride,
+                    sums,
+                };
+                sweep(isa, &pass);
+            }
+            if self.products == Products::Bf16Pairs {
+                let pass = CopyRows {
+                    rows: block.rows,
+                    columns,
+                    x: self.plain.out,
+                    stride: self.plain.stride,
+                    out: self.halves,
+                };
+                sweep(isa, &pass);
+            }
+        }
+    }
+
+    /// What dX = dY·Wᵀ reads, with its row stride in lanes.
+    fn left_operand(&self) -> (*const f32, usize) {
+        match self.products {
+            Products::Single => (self.plain.out, self.plain.stride),
+            Products::Bf16Pairs => (self.halves.rows.out.cast(), self.halves.rows.stride / 2),
+        }
+    }
+
+    /// What dW = Aᵀ·dY reads, with its stride in lanes.
+    fn right_operand(&self) -> (*const f32, usize) {
+        match self.products {
+            Products::Single => (self.plain.out, self.plain.stride),
+            Products::Bf16Pairs => (self.halves.pairs.out, self.halves.pairs.stride),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use crate::math::Activation;
 use crate::simd::{Simd, dispatch};
-use crate::storage::Stored;
+use crate::storage::{Bf16, Stored};
 
 /// Rows that share one load of the channels' vectors.
 const ROWS: usize = 4;
@@ -104,8 +104,91 @@ unsafe fn store_of<S: Simd, const WHOLE: bool, T: Stored>(target: *mut T, v: S::
     }
 }
 
+/// Where a pass leaves the operand of a product that it forms.
+///
+/// # Safety
+/// As for [`Sweep`]; whole vectors are written, so the targets must reach up to these.
+pub(crate) trait Sink: Copy {
+    /// Takes vectors of R rows. A pass gives an even number of rows at a time, all rows in order, or one of them.
+    unsafe fn put<S: Simd, const R: usize>(self, row: usize, column: usize, values: [S::V; R]);
+}
+
+/// Row-major values.
+pub(crate) struct Rows<T> {
+    pub out: *mut T,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+impl<T> Clone for Rows<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Rows<T> {}
+
+impl<T: Stored> Sink for Rows<T> {
+    #[inline(always)]
+    unsafe fn put<S: Simd, const R: usize>(self, row: usize, column: usize, values: [S::V; R]) {
+        for (i, value) in values.into_iter().enumerate() {
+            // SAFETY: the promise of whoever made this.
+            unsafe { T::store::<S>(self.out.add((row + i) * self.stride + column), value) };
+        }
+    }
+}
+
+/// Lanes of bfloat16 from one row and the next; an odd last row goes with zeros.
+#[derive(Clone, Copy)]
+pub(crate) struct RowPairs {
+    pub out: *mut f32,
+    /// Lanes from one pair of rows to the next.
+    pub stride: usize,
+}
+
+impl Sink for RowPairs {
+    #[inline(always)]
+    unsafe fn put<S: Simd, const R: usize>(self, row: usize, column: usize, values: [S::V; R]) {
+        let first = self.out.wrapping_add(row / 2 * self.stride + column);
+        // SAFETY: the promise of whoever made this.
+        unsafe {
+            if R == 1 {
+                let [value] = [values[0]];
+                let pair = if row.is_multiple_of(2) {
+                    S::pair(value, S::zero())
+                } else {
+                    S::pair(S::pair_low(S::load(first)), value)
+                };
+                S::store(first, pair);
+                return;
+            }
+            for (i, pair) in values.chunks_exact(2).enumerate() {
+                S::store(first.add(i * self.stride), S::pair(pair[0], pair[1]));
+            }
+        }
+    }
+}
+
+/// What the two products of a backward pass read: rows of bfloat16, and pairs of rows.
+#[derive(Clone, Copy)]
+pub(crate) struct RowsAndPairs {
+    pub rows: Rows<Bf16>,
+    pub pairs: RowPairs,
+}
+
+impl Sink for RowsAndPairs {
+    #[inline(always)]
+    unsafe fn put<S: Simd, const R: usize>(self, row: usize, column: usize, values: [S::V; R]) {
+        // SAFETY: the promise of whoever made this.
+        unsafe {
+            self.rows.put::<S, R>(row, column, values);
+            self.pairs.put::<S, R>(row, column, values);
+        }
+    }
+}
+
 /// `out = gate·act(scale·raw + shift)`.
-pub(crate) struct Activate<A, X> {
+pub(crate) struct Activate<A, X, K> {
     pub rows: usize,
     pub columns: usize,
     pub raw: *const X,
@@ -114,13 +197,11 @@ pub(crate) struct Activate<A, X> {
     pub shift: *const f32,
     /// 1 where null.
     pub gate: *const f32,
-    /// Writable up to whole vectors.
-    pub out: *mut f32,
-    pub out_stride: usize,
+    pub out: K,
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation, X: Stored> Sweep for Activate<A, X> {
+impl<A: Activation, X: Stored, K: Sink> Sweep for Activate<A, X, K> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -145,11 +226,12 @@ impl<A: Activation, X: Stored> Sweep for Activate<A, X> {
             } else {
                 load::<S, WHOLE>(self.gate.add(column), lanes)
             };
-            for row in row..row + R {
-                let raw = load::<S, WHOLE>(self.raw.add(row * self.raw_stride + column), lanes);
-                let act = A::value::<S>(S::fma(raw, scale, shift));
-                S::store(self.out.add(row * self.out_stride + column), S::mul(act, gate));
+            let mut values = [S::zero(); R];
+            for (i, value) in values.iter_mut().enumerate() {
+                let raw = load::<S, WHOLE>(self.raw.add((row + i) * self.raw_stride + column), lanes);
+                *value = S::mul(A::value::<S>(S::fma(raw, scale, shift)), gate);
             }
+            self.out.put::<S, R>(row, column, values);
         }
     }
 }
@@ -199,7 +281,7 @@ impl Sweep for Normalize {
 }
 
 /// `out = a·dz + b·y + c`, or `dz` alone where `y` is null; columns up to whole vectors become 0.
-pub(crate) struct FormGradient<G, Y> {
+pub(crate) struct FormGradient<G, Y, K> {
     pub rows: usize,
     pub columns: usize,
     pub dz: *const G,
@@ -208,12 +290,10 @@ pub(crate) struct FormGradient<G, Y> {
     pub a: *const f32,
     pub b: *const f32,
     pub c: *const f32,
-    /// Writable up to whole vectors.
-    pub out: *mut f32,
-    pub out_stride: usize,
+    pub out: K,
 }
 
-impl<G: Stored, Y: Stored> Sweep for FormGradient<G, Y> {
+impl<G: Stored, Y: Stored, K: Sink> Sweep for FormGradient<G, Y, K> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -231,24 +311,56 @@ impl<G: Stored, Y: Stored> Sweep for FormGradient<G, Y> {
     ) {
         // SAFETY: inside the rows and columns of the pass.
         unsafe {
-            if self.y.is_null() {
-                for row in row..row + R {
-                    let dz = load::<S, WHOLE>(self.dz.add(row * self.stride + column), lanes);
-                    S::store(self.out.add(row * self.out_stride + column), dz);
+            let mut values = [S::zero(); R];
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = load::<S, WHOLE>(self.dz.add((row + i) * self.stride + column), lanes);
+            }
+            if !self.y.is_null() {
+                let a = load::<S, WHOLE>(self.a.add(column), lanes);
+                let b = load::<S, WHOLE>(self.b.add(column), lanes);
+                let c = load::<S, WHOLE>(self.c.add(column), lanes);
+                for (i, value) in values.iter_mut().enumerate() {
+                    let y = load::<S, WHOLE>(self.y.add((row + i) * self.stride + column), lanes);
+                    *value = S::fma(*value, a, S::fma(y, b, c));
                 }
-                return;
             }
-            let a = load::<S, WHOLE>(self.a.add(column), lanes);
-            let b = load::<S, WHOLE>(self.b.add(column), lanes);
-            let c = load::<S, WHOLE>(self.c.add(column), lanes);
-            for row in row..row + R {
-                let dz = load::<S, WHOLE>(self.dz.add(row * self.stride + column), lanes);
-                let y = load::<S, WHOLE>(self.y.add(row * self.stride + column), lanes);
-                S::store(
-                    self.out.add(row * self.out_stride + column),
-                    S::fma(dz, a, S::fma(y, b, c)),
-                );
+            self.out.put::<S, R>(row, column, values);
+        }
+    }
+}
+
+/// `out = x`.
+pub(crate) struct CopyRows<K> {
+    pub rows: usize,
+    pub columns: usize,
+    pub x: *const f32,
+    pub stride: usize,
+    pub out: K,
+}
+
+impl<K: Sink> Sweep for CopyRows<K> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline(always)]
+    unsafe fn vector<S: Simd, const R: usize, const WHOLE: bool>(
+        &self,
+        row: usize,
+        column: usize,
+        lanes: usize,
+    ) {
+        // SAFETY: inside the rows and columns of the pass.
+        unsafe {
+            let mut values = [S::zero(); R];
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = load::<S, WHOLE>(self.x.add((row + i) * self.stride + column), lanes);
             }
+            self.out.put::<S, R>(row, column, values);
         }
     }
 }
@@ -354,9 +466,9 @@ impl Sweep for FinishGradient {
 /// Number of sums that [`ActivateBackward`] makes.
 pub(crate) const ACTIVATION_SUMS: usize = 5;
 
-/// Takes dA from `tile`, stores it, adds to the five sums of dA and the activation, and leaves the gated activation, the
-/// operand of dW, in `tile`.
-pub(crate) struct ActivateBackward<A, X, G> {
+/// Takes dA from `tile`, stores it, adds to the five sums of dA and the activation, and gives the gated activation, the
+/// operand of dW, to `operand`, which may be `tile`.
+pub(crate) struct ActivateBackward<A, X, G, K> {
     pub rows: usize,
     pub columns: usize,
     pub raw: *const X,
@@ -366,9 +478,10 @@ pub(crate) struct ActivateBackward<A, X, G> {
     pub shift: *const f32,
     /// 1 where null.
     pub gate: *const f32,
-    /// dA; writable up to whole vectors.
-    pub tile: *mut f32,
+    /// dA; readable up to whole vectors.
+    pub tile: *const f32,
     pub tile_stride: usize,
+    pub operand: K,
     pub da: *mut G,
     /// Whether to store dA past the caches; needs its rows on 64-byte boundaries.
     pub streaming: bool,
@@ -378,7 +491,7 @@ pub(crate) struct ActivateBackward<A, X, G> {
     pub act: PhantomData<A>,
 }
 
-impl<A: Activation, X: Stored, G: Stored> Sweep for ActivateBackward<A, X, G> {
+impl<A: Activation, X: Stored, G: Stored, K: Sink> Sweep for ActivateBackward<A, X, G, K> {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -407,7 +520,9 @@ impl<A: Activation, X: Stored, G: Stored> Sweep for ActivateBackward<A, X, G> {
             for (i, sum) in sums.iter_mut().enumerate() {
                 *sum = S::load(self.sums.add(i * self.sums_stride + column));
             }
-            for row in row..row + R {
+            let mut operand = [S::zero(); R];
+            for (i, operand) in operand.iter_mut().enumerate() {
+                let row = row + i;
                 let at = row * self.stride + column;
                 let tile = self.tile.add(row * self.tile_stride + column);
                 let raw = load::<S, WHOLE>(self.raw.add(at), lanes);
@@ -424,8 +539,9 @@ impl<A: Activation, X: Stored, G: Stored> Sweep for ActivateBackward<A, X, G> {
                 sums[2] = S::fma(through, raw, sums[2]);
                 sums[3] = S::add(sums[3], slope);
                 sums[4] = S::fma(slope, raw, sums[4]);
-                S::store(tile, S::mul(act, gate));
+                *operand = S::mul(act, gate);
             }
+            self.operand.put::<S, R>(row, column, operand);
             for (i, sum) in sums.into_iter().enumerate() {
                 S::store(self.sums.add(i * self.sums_stride + column), sum);
             }

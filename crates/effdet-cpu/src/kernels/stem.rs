@@ -6,7 +6,7 @@ use super::Executor;
 use super::elementwise::Vectors;
 use super::gemm::padded;
 use super::pointwise::{ChannelVectors, add, check, flush_rows, part, rows_are_aligned};
-use super::row_sweeps::{FormGradient, store, sweep};
+use super::row_sweeps::{FormGradient, Rows, store, sweep};
 use crate::arena::{Bump, SharedPtr};
 use crate::probe::{Kernel, Work};
 use crate::simd::{Isa, Simd, dispatch};
@@ -485,8 +485,7 @@ pub fn backward_weights<G: Stored, Y: Stored>(executor: &Executor, args: Backwar
                     a: a.at(0, image, channels, 0),
                     b: b.at(0, image, channels, 0),
                     c: c.at(0, image, channels, 0),
-                    out: dy,
-                    out_stride: stride,
+                    out: Rows { out: dy, stride },
                 };
                 sweep(isa, &gradient);
                 let line = GradientLine {

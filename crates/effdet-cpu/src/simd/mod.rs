@@ -13,12 +13,16 @@ use crate::storage::{Bf16, F16};
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+mod products;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use products::NativePairs;
+pub(crate) use products::{PairProduct, Product, SingleProduct, has_native_pairs};
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512};
 
@@ -76,6 +80,30 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: the caller promises LANES writable halves.
         unsafe { store_lanes::<Self>(target, v, |x| Bf16::from_f32(x).0) }
     }
+    /// Rounds both to bfloat16 and puts them into one lane, `low` into its lower half.
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: no more than the caller promises.
+        unsafe {
+            zip_lanes::<Self>(low, high, |low, high| {
+                let [low, high] = [low, high].map(|x| u32::from(Bf16::from_f32(x).0));
+                f32::from_bits(high << 16 | low)
+            })
+        }
+    }
+    /// The lower halves of pairs.
+    unsafe fn pair_low(pairs: Self::V) -> Self::V {
+        // SAFETY: no more than the caller promises.
+        unsafe { zip_lanes::<Self>(pairs, pairs, |pair, _| f32::from_bits(pair.to_bits() << 16)) }
+    }
+    /// The upper halves of pairs.
+    unsafe fn pair_high(pairs: Self::V) -> Self::V {
+        // SAFETY: no more than the caller promises.
+        unsafe {
+            zip_lanes::<Self>(pairs, pairs, |pair, _| {
+                f32::from_bits(pair.to_bits() & 0xffff_0000)
+            })
+        }
+    }
     /// Asks for the cache line at `address` to be brought to L2; any address is allowed.
     unsafe fn prefetch(address: *const f32);
 
@@ -129,6 +157,20 @@ unsafe fn store_lanes<S: Simd>(target: *mut u16, v: S::V, convert: impl Fn(f32) 
         for (i, &lane) in lanes.iter().enumerate().take(S::LANES) {
             target.add(i).write(convert(lane));
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn zip_lanes<S: Simd>(a: S::V, b: S::V, f: impl Fn(f32, f32) -> f32) -> S::V {
+    let (mut a_lanes, mut b_lanes) = ([0.0f32; 16], [0.0f32; 16]);
+    // SAFETY: 16 values are at least LANES.
+    unsafe {
+        S::store(a_lanes.as_mut_ptr(), a);
+        S::store(b_lanes.as_mut_ptr(), b);
+        for (a, b) in a_lanes.iter_mut().zip(b_lanes) {
+            *a = f(*a, b);
+        }
+        S::load(a_lanes.as_ptr())
     }
 }
 
@@ -326,7 +368,7 @@ mod tests {
                 );
             };
             type Operation<V> = fn(V, V) -> V;
-            let operations: [Operation<S::V>; 13] = [
+            let operations: [Operation<S::V>; 16] = [
                 |a, b| S::add(a, b),
                 |a, b| S::sub(a, b),
                 |a, b| S::mul(a, b),
@@ -340,6 +382,9 @@ mod tests {
                 |a, _| S::floor(a),
                 |a, b| S::select_lt(a, b, S::splat(1.0), S::splat(2.0)),
                 |a, _| S::shift_to_exponent(a),
+                |a, b| S::pair(a, b),
+                |a, b| S::pair_low(S::pair(a, b)),
+                |a, b| S::pair_high(S::pair(a, b)),
             ];
             for operation in operations {
                 for shift in 0..16 {
@@ -372,7 +417,7 @@ mod tests {
             out
         };
         let expected = run(Isa::Portable);
-        assert_eq!(expected.len(), 13 * 256 + 32);
+        assert_eq!(expected.len(), 16 * 256 + 32);
         for isa in Isa::available() {
             assert_eq!(run(isa), expected, "{isa}");
         }

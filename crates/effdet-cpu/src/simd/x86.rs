@@ -28,6 +28,35 @@ fn mask_16(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
+/// Bits whose upper halves are those of bfloat16, rounded to nearest, ties to even.
+#[inline(always)]
+unsafe fn rounded_8(v: __m256) -> __m256i {
+    // SAFETY: needs AVX2 only.
+    unsafe {
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        // The carry of a NaN would make it infinite.
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        _mm256_blendv_epi8(rounded, quiet, is_nan)
+    }
+}
+
+/// As [`rounded_8`]. The processor's own conversion flushes denormals, this one does not.
+#[inline(always)]
+unsafe fn rounded_16(v: __m512) -> __m512i {
+    // SAFETY: needs AVX-512 F only.
+    unsafe {
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        // The carry of a NaN would make it infinite.
+        let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000))
+    }
+}
+
 /// Writes the methods that are one intrinsic each.
 macro_rules! direct {
     ($($name:ident($($arg:ident),*) = $intrinsic:ident;)*) => {$(
@@ -113,18 +142,36 @@ impl Simd for Avx2 {
     unsafe fn store_bf16(target: *mut u16, v: Self::V) {
         // SAFETY: the caller promises 8 writable halves.
         unsafe {
-            let bits = _mm256_castps_si256(v);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            // The carry of a NaN would make it infinite.
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+            let upper = _mm256_srli_epi32::<16>(rounded_8(v));
             let (low, high) = (
                 _mm256_castsi256_si128(upper),
                 _mm256_extracti128_si256::<1>(upper),
             );
             _mm_storeu_si128(target.cast(), _mm_packus_epi32(low, high));
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: needs AVX2 only.
+        unsafe {
+            let (low, high) = (_mm256_srli_epi32::<16>(rounded_8(low)), rounded_8(high));
+            _mm256_castsi256_ps(_mm256_blend_epi16::<0b1010_1010>(low, high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_low(pairs: Self::V) -> Self::V {
+        // SAFETY: needs AVX2 only.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(pairs))) }
+    }
+    #[inline(always)]
+    unsafe fn pair_high(pairs: Self::V) -> Self::V {
+        // SAFETY: needs AVX2 only.
+        unsafe {
+            let zero = _mm256_setzero_si256();
+            _mm256_castsi256_ps(_mm256_blend_epi16::<0b1010_1010>(
+                zero,
+                _mm256_castps_si256(pairs),
+            ))
         }
     }
     #[inline(always)]
@@ -231,19 +278,31 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_bf16(target: *mut u16, v: Self::V) {
-        // SAFETY: the caller promises 16 writable halves. The processor's own conversion flushes denormals, this one does not.
+        // SAFETY: the caller promises 16 writable halves.
         unsafe {
-            let bits = _mm512_castps_si512(v);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            // The carry of a NaN would make it infinite.
-            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-            let kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000));
             _mm256_storeu_si256(
                 target.cast(),
-                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(kept)),
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_16(v))),
             );
         }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 BW only.
+        unsafe {
+            let (low, high) = (_mm512_srli_epi32::<16>(rounded_16(low)), rounded_16(high));
+            _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_low(pairs: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 F only.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(pairs))) }
+    }
+    #[inline(always)]
+    unsafe fn pair_high(pairs: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 BW only.
+        unsafe { _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xaaaa_aaaa, _mm512_castps_si512(pairs))) }
     }
     #[inline(always)]
     unsafe fn prefetch(address: *const f32) {

@@ -33,6 +33,7 @@ struct Layer {
     y: AlignedBuf,
     dz: AlignedBuf,
     affine: [Vec<f32>; 3],
+    products: Products,
 }
 
 impl Layer {
@@ -55,6 +56,7 @@ impl Layer {
                 values(images * outputs, 12),
             ],
             segments: segments.to_vec(),
+            products: Products::Single,
             plan,
             inputs,
             outputs,
@@ -62,8 +64,33 @@ impl Layer {
         }
     }
 
+    /// The layer with operands of few digits, so that bfloat16 holds whatever is formed of them, and all sums are exact.
+    fn of_quarters(mut self) -> Self {
+        let tensors = [&mut self.raw, &mut self.residual, &mut self.y, &mut self.dz];
+        let vectors = [
+            &mut self.weights,
+            &mut self.bias,
+            &mut self.scale,
+            &mut self.shift,
+            &mut self.gate,
+        ];
+        let tensors = tensors.into_iter().flat_map(|values| values.iter_mut());
+        let vectors = vectors.into_iter().chain(&mut self.affine).flatten();
+        for value in tensors.chain(vectors) {
+            *value = (*value * 4.0).round() / 4.0;
+        }
+        self
+    }
+
     fn packed(&self, executor: &Executor) -> PackedWeights {
-        let mut packed = PackedWeights::new(self.inputs, self.outputs);
+        let mut packed = PackedWeights::with_products(
+            self.inputs,
+            self.outputs,
+            PassProducts {
+                forward: self.products,
+                backward: self.products,
+            },
+        );
         pack(
             executor,
             Packing::ForwardAndBackward,
@@ -288,12 +315,22 @@ enum Operand {
 }
 
 fn run_forward(executor: &Executor, layer: &Layer, operand: Operand, bias: bool, streaming: bool) -> Outputs {
+    run_forward_with(executor, layer, (operand, Act::Swish), bias, streaming)
+}
+
+fn run_forward_with(
+    executor: &Executor,
+    layer: &Layer,
+    (operand, act): (Operand, Act),
+    bias: bool,
+    streaming: bool,
+) -> Outputs {
     let mut y = AlignedBuf::from_slice(&vec![f32::NAN; layer.plan.rows() * layer.stride]);
     let mut x = vec![f32::NAN; layer.plan.rows() * layer.inputs];
     let mut sums = vec![f64::NAN; layer.plan.group_count() * 2 * layer.outputs];
     let input = match operand {
         Operand::Plain => FullInput::Plain(&layer.raw),
-        Operand::Activated => Input::Activated(layer.activated(Act::Swish, true)),
+        Operand::Activated => Input::Activated(layer.activated(act, true)),
         Operand::Normalized => FullInput::Normalized {
             raw: &layer.raw,
             scale: ChannelVectors::per_group(&layer.scale),
@@ -528,7 +565,11 @@ fn the_backward_pass_of_an_activated_input_matches_float64() {
 
 #[test]
 fn all_passes_give_the_same_bits_for_any_instruction_set_and_number_of_threads() {
-    for layer in layers() {
+    let of_pairs = layers().into_iter().map(|layer| Layer {
+        products: Products::Bf16Pairs,
+        ..layer
+    });
+    for layer in layers().into_iter().chain(of_pairs) {
         let run = |isa, threads, streaming| {
             let executor = Executor::new(threads, isa);
             let mut out = vec![
@@ -549,12 +590,50 @@ fn all_passes_give_the_same_bits_for_any_instruction_set_and_number_of_threads()
                 let out = run(isa, threads, threads > 1);
                 assert!(
                     out == expected,
-                    "{} to {} channels on {isa}, {threads} threads",
+                    "{} to {} channels, {:?}, on {isa}, {threads} threads",
                     layer.inputs,
-                    layer.outputs
+                    layer.outputs,
+                    layer.products
                 );
             }
         }
+    }
+}
+
+#[test]
+fn products_of_bfloat16_give_the_bits_of_f32_where_nothing_is_rounded() {
+    let executor = Executor::new(2, Isa::detect());
+    for layer in layers() {
+        let run = |layer: &Layer| {
+            let mut out = vec![
+                run_backward(&executor, layer, true, true),
+                run_backward(&executor, layer, true, false),
+                run_backward(&executor, layer, false, false),
+                run_backward_activated(&executor, layer, Act::Identity, true, true),
+            ];
+            for operand in [Operand::Plain, Operand::Activated, Operand::Normalized] {
+                out.push(run_forward_with(
+                    &executor,
+                    layer,
+                    (operand, Act::Identity),
+                    true,
+                    true,
+                ));
+            }
+            out
+        };
+        let single = layer.of_quarters();
+        let expected = run(&single);
+        let pairs = Layer {
+            products: Products::Bf16Pairs,
+            ..single
+        };
+        assert!(
+            run(&pairs) == expected,
+            "{} to {} channels",
+            pairs.inputs,
+            pairs.outputs
+        );
     }
 }
 
