@@ -1,8 +1,9 @@
 //! CPU engine: fused kernels, execution plans and run-time ISA dispatch for EfficientDet.
 //!
-//! Only the kernel modules and the modules below them ([`pool`], [`arena`], [`memory`]) contain `unsafe` code.
+//! Only the kernel modules and the modules below them ([`pool`], [`arena`], [`memory`]), and the measurements of [`ceilings`], contain `unsafe` code.
 
 pub mod arena;
+pub mod ceilings;
 pub mod engine;
 pub mod inference;
 pub mod kernels;

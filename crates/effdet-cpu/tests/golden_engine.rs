@@ -203,7 +203,7 @@ fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
     });
     let [full, half, brain] = errors;
     assert!(full < 5e-4, "{full}");
-    // float16 has 13 bits less than float32; bfloat16, for gradients alone, 16.
+    // float16 has 13 bits less than float32; bfloat16, in the backward pass alone, 16.
     assert!(half < full * 2f64.powi(13) && half < 0.4, "{half}");
     assert!(brain < full * 2f64.powi(16) && brain < 0.4, "{brain}");
 }

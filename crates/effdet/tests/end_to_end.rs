@@ -373,6 +373,33 @@ fn benchmarks_report_what_they_measured_and_on_what() {
 }
 
 #[test]
+fn the_machine_is_described_for_the_instruction_set_of_the_environment() {
+    let inspect = |isa: &str| {
+        Command::new(env!("CARGO_BIN_EXE_effdet"))
+            .args(["inspect", "machine", "--json"])
+            .env("EFFDET_ISA", isa)
+            .output()
+            .unwrap()
+    };
+    let output = inspect("portable");
+    assert!(output.status.success());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["isa"], "portable");
+    let ceilings = report["ceilings"].as_array().unwrap();
+    assert!(ceilings.len() >= 9);
+    for ceiling in ceilings {
+        assert!(ceiling["one_thread"].as_f64().unwrap() > 0.0, "{ceiling}");
+    }
+    let output = inspect("sse2");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(
+        message.contains("EFFDET_ISA") && message.contains("portable"),
+        "{message}"
+    );
+}
+
+#[test]
 fn preparation_of_samples_is_timed_stage_by_stage() {
     let scratch = Scratch::with_data();
     let line = scratch.succeed("bench data --data shapes --image-size 64 --passes 2 --limit 5 --json");

@@ -48,6 +48,20 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// Processor, caches, the chosen instruction set, and what they reach at most: multiply-adds, memory, fork and join.
+    #[command(after_help = "\
+Figures are the fastest of five measurements; run it on an idle machine.
+
+Examples:
+  effdet inspect machine
+  EFFDET_ISA=avx2 effdet inspect machine --json")]
+    Machine {
+        #[command(flatten)]
+        engine: EngineArgs,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// A batch that a run wrote when a number of its step was none: its images, and the step again.
     #[command(
         after_help = "Example:\n  effdet inspect batch runs/x/nonfinite-00000812-6512.safetensors --checkpoint runs/x"

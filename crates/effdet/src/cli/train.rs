@@ -35,7 +35,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
     /// Instruction set: portable, avx2, avx512, neon; default: the best one here. All give the same bits.
-    #[arg(long, value_name = "ISA")]
+    #[arg(long, value_name = "ISA", env = "EFFDET_ISA")]
     pub isa: Option<String>,
 }
 
@@ -262,7 +262,8 @@ pub struct TrainArgs {
     #[arg(long)]
     pub no_doctor: bool,
     /// How activations and gradients are stored: fp32, fp16 or bf16. The half precisions take less memory; sums, batch norm and
-    /// weights stay float32, and fp16 scales the loss dynamically.
+    /// weights stay float32. fp16 scales the loss dynamically; bf16 multiplies gradients as bfloat16, which is faster where the
+    /// processor has an instruction for it (`effdet inspect machine` tells).
     #[arg(long, value_name = "PRECISION", value_parser = parse_precision)]
     pub precision: Option<Precision>,
     /// The same as --precision fp16.

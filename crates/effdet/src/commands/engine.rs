@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::simd::Isa;
@@ -27,14 +27,21 @@ pub fn inference_plan(network: &Arc<Network>, weights: &Weights, args: &EngineAr
 }
 
 fn cpu_options(args: &EngineArgs, precision: Precision) -> Result<CpuOptions> {
-    let isa = args
-        .isa
-        .as_deref()
-        .map(|name| name.parse::<Isa>().context("--isa"))
-        .transpose()?;
     Ok(CpuOptions {
         threads: args.threads.unwrap_or(0),
-        isa,
+        isa: Some(chosen_isa(args)?),
         precision,
     })
+}
+
+/// The instruction set of the command line or of `EFFDET_ISA`, else the best one here.
+pub fn chosen_isa(args: &EngineArgs) -> Result<Isa> {
+    let Some(name) = &args.isa else {
+        return Ok(Isa::detect());
+    };
+    let here: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+    let advice = || format!("--isa or EFFDET_ISA; this processor has {}", here.join(", "));
+    let isa: Isa = name.parse().with_context(advice)?;
+    ensure!(isa.is_available(), "{isa} is not available: {}", advice());
+    Ok(isa)
 }

@@ -11,6 +11,36 @@ pub fn cpu_name() -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
+/// Sizes of the first processor's caches for data: L1, L2, L3.
+pub fn cache_bytes() -> [Option<usize>; 3] {
+    let mut sizes = [None; 3];
+    let root = Path::new("/sys/devices/system/cpu/cpu0/cache");
+    for index in 0..8 {
+        let read = |file: &str| fs::read_to_string(root.join(format!("index{index}")).join(file));
+        let (Ok(level), Ok(kind), Ok(size)) = (read("level"), read("type"), read("size")) else {
+            break;
+        };
+        let size = size.trim();
+        let (digits, unit) = match size.strip_suffix('K') {
+            Some(digits) => (digits, 1 << 10),
+            None => (
+                size.trim_end_matches('M'),
+                if size.ends_with('M') { 1 << 20 } else { 1 },
+            ),
+        };
+        let slot = level
+            .trim()
+            .parse::<usize>()
+            .ok()
+            .and_then(|level| sizes.get_mut(level.wrapping_sub(1)));
+        if let (Some(slot), Ok(number), true) = (slot, digits.parse::<usize>(), kind.trim() != "Instruction")
+        {
+            *slot = Some(number * unit);
+        }
+    }
+    sizes
+}
+
 /// Largest resident size of this process so far, in MiB.
 pub fn peak_rss_mib() -> Option<f64> {
     let text = fs::read_to_string("/proc/self/status").ok()?;

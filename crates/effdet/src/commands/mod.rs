@@ -1,6 +1,7 @@
 //! Commands: resolve the command line against the world, do the work, print.
 
 mod bench;
+mod ceilings;
 mod checkpoint;
 mod checkpoints;
 mod compare;
@@ -15,6 +16,7 @@ mod host;
 mod infer;
 mod inspect_batch;
 mod inspect_checkpoint;
+mod inspect_machine;
 mod inspect_model;
 mod inspect_trace;
 mod launch;
@@ -88,6 +90,7 @@ fn inspect(command: &InspectCommand) -> Result<()> {
             variables,
             json,
         } => inspect_checkpoint::run(path, *variables, *json),
+        InspectCommand::Machine { engine, json } => inspect_machine::run(engine, *json),
         InspectCommand::Batch {
             file,
             checkpoint,

@@ -14,9 +14,11 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use effdet_cpu::engine::{CpuEngine, MemoryEstimate};
 use effdet_cpu::inference::InferencePlan;
+use effdet_cpu::kernels::Executor;
 use effdet_cpu::probe::Probe;
 use effdet_cpu::simd::Isa;
-use effdet_model::engine::{Engine, HeadOutputs, StepOptions};
+use effdet_cpu::storage::Products;
+use effdet_model::engine::{Engine, HeadOutputs, Precision, StepOptions};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 use effdet_train::optimizer::Optimizer;
@@ -24,8 +26,10 @@ use serde_json::json;
 
 use self::distribution::Distribution;
 use self::random_batch::RandomBatch;
+pub use self::stages::Peaks;
 use self::stages::StageClock;
-use super::engine::{cpu_engine, inference_plan};
+use super::ceilings::peaks;
+use super::engine::{chosen_isa, cpu_engine, inference_plan};
 use super::host::{ForeignLoad, cpu_name, peak_rss_mib};
 use super::model::resolve_hparams;
 use super::ranks;
@@ -65,7 +69,10 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
     };
     let foreign_cores = load.cores();
     let predicted_mib = predicted_bytes as f64 / f64::from(1 << 20);
-    let table = clock.table(options.batch_size);
+    // Before anything else takes memory.
+    let peak_rss_mib = peak_rss_mib();
+    let peaks = measured_peaks(training, options)?;
+    let table = clock.table(options.batch_size, Some(peaks));
 
     let distribution = Distribution::new(&times_s);
     let img_s = options.batch_size as f64 / distribution.percentile_s(50);
@@ -75,7 +82,7 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
             "bench": kind, "model": network.hparams.name, "image_size": network.hparams.image_size,
             "batch": options.batch_size, "threads": threads, "isa": isa.to_string(), "cpu": cpu_name(),
             "img_s": img_s, "times_s": times_s,
-            "peak_rss_mb": peak_rss_mib(), "predicted_mb": predicted_mib, "foreign_cores": foreign_cores,
+            "peak_rss_mb": peak_rss_mib, "predicted_mb": predicted_mib, "foreign_cores": foreign_cores,
         });
         distribution.add_to(&mut report, options.batch_size);
         report["stages"] = table.json();
@@ -91,7 +98,7 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         cpu_name().as_deref().unwrap_or("unknown processor")
     )?;
     distribution.print(&mut out, options.batch_size)?;
-    if let Some(mib) = peak_rss_mib() {
+    if let Some(mib) = peak_rss_mib {
         writeln!(
             out,
             "  peak memory {mib:.0} MiB, {predicted_mib:.0} MiB predicted"
@@ -100,7 +107,7 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
     if let Some(memory) = &memory {
         write_memory(&mut out, memory, beside_bytes)?;
     }
-    table.print(&mut out, None)?;
+    table.print(&mut out)?;
     if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
         writeln!(
             out,
@@ -108,6 +115,20 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// The ceilings of what is going to be timed.
+fn measured_peaks(training: bool, options: &BenchOptions) -> Result<Peaks> {
+    let isa = chosen_isa(&options.engine)?;
+    let threads = match options.engine.threads.unwrap_or(0) {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    let backward = match options.precision {
+        Some(Precision::Bf16) if training => Products::Bf16Pairs,
+        _ => Products::Single,
+    };
+    Ok(peaks(&Executor::new(threads, isa), backward))
 }
 
 /// The table of the engine's buffers by owner.

@@ -35,6 +35,8 @@ struct Cost {
     seconds: f64,
     flops: f64,
     bytes: f64,
+    /// Seconds that the machine's ceilings would allow.
+    floor_s: f64,
 }
 
 impl Cost {
@@ -48,6 +50,18 @@ impl Cost {
         self.seconds += other.seconds;
         self.flops += other.flops;
         self.bytes += other.bytes;
+        self.floor_s += other.floor_s;
+    }
+
+    /// Time at the machine's ceilings over the time it took; none for work that is not counted.
+    fn share_of_ceiling(&self) -> Option<f64> {
+        (self.floor_s > 0.0).then(|| self.floor_s / self.seconds)
+    }
+
+    /// With the time of this work at the machine's ceilings: the slower of arithmetic and memory counts.
+    fn with_floor(self, gflop_s: f64, gb_s: f64) -> Self {
+        let floor_s = (1e-9 * self.flops / gflop_s).max(1e-9 * self.bytes / gb_s);
+        Self { floor_s, ..self }
     }
 }
 
@@ -56,6 +70,8 @@ impl Cost {
 pub struct Peaks {
     /// Billions of floating-point operations per second with the threads in use.
     pub gflop_s: f64,
+    /// The same for the matrix products of the backward pass, which half precision may make of bfloat16.
+    pub backward_gflop_s: f64,
     /// Billions of bytes per second from and to main memory.
     pub gb_s: f64,
 }
@@ -87,8 +103,8 @@ impl StageClock {
         ledger.steps += 1;
     }
 
-    /// The ledger per step of `images` images.
-    pub fn table(&self, images: usize) -> StageTable {
+    /// The ledger per step of `images` images; with `peaks`, also the share of the machine's ceilings.
+    pub fn table(&self, images: usize, peaks: Option<Peaks>) -> StageTable {
         let ledger = self.ledger();
         let per_image = 1.0 / (ledger.steps.max(1) as f64 * images as f64);
         let entries = ledger.entries.iter().map(|(&entry, cost)| {
@@ -96,11 +112,14 @@ impl StageClock {
                 seconds: cost.seconds * per_image,
                 flops: cost.flops * per_image,
                 bytes: cost.bytes * per_image,
+                floor_s: 0.0,
             };
+            let cost = peaks.map_or(cost, |peaks| cost.with_floor(entry.gflop_s(peaks), peaks.gb_s));
             (entry, cost)
         });
         StageTable {
             entries: entries.collect(),
+            peaks,
         }
     }
 }
@@ -130,6 +149,7 @@ impl Probe for StageClock {
 #[derive(Debug)]
 pub struct StageTable {
     entries: Vec<(Entry, Cost)>,
+    peaks: Option<Peaks>,
 }
 
 impl Entry {
@@ -143,6 +163,13 @@ impl Entry {
             Self::Engine(Stage::BoxHead, _) => "box head",
             Self::Engine(Stage::Heads, _) => "heads",
             Self::Optimizer => "optimiser",
+        }
+    }
+
+    fn gflop_s(&self, peaks: Peaks) -> f64 {
+        match self {
+            Self::Engine(_, Kernel::PointwiseBackward) => peaks.backward_gflop_s,
+            _ => peaks.gflop_s,
         }
     }
 
@@ -175,10 +202,24 @@ impl StageTable {
         groups
     }
 
-    /// Writes a line per part and kernel; with `peaks`, also the share of the machine's ceiling that the nominal work reaches.
-    pub fn print(&self, out: &mut impl Write, peaks: Option<Peaks>) -> io::Result<()> {
+    /// Writes a line per part and kernel, with the share of the machine's ceiling that the nominal work reaches where it is known.
+    pub fn print(&self, out: &mut impl Write) -> io::Result<()> {
         let total: f64 = self.entries.iter().map(|(_, cost)| cost.seconds).sum();
         let rows = self.grouped(|entry| (entry.part(), entry.kernel()));
+        if let Some(peaks) = self.peaks {
+            let backward = match peaks.backward_gflop_s == peaks.gflop_s {
+                true => String::new(),
+                false => format!(
+                    " ({:.0} in the backward pass's bfloat16 products)",
+                    peaks.backward_gflop_s
+                ),
+            };
+            writeln!(
+                out,
+                "  ceilings measured: {:.0} GFLOP/s{backward}, {:.1} GB/s from main memory; what caches keep can exceed the latter",
+                peaks.gflop_s, peaks.gb_s
+            )?;
+        }
         let width = rows
             .iter()
             .map(|((_, kernel), _)| kernel.len())
@@ -193,7 +234,7 @@ impl StageTable {
             "share",
             "GFLOP/s",
             "GB/s",
-            if peaks.is_some() { "  ceiling" } else { "" }
+            if self.peaks.is_some() { "  ceiling" } else { "" }
         )?;
         let mut last = None;
         for ((part, kernel), cost) in &rows {
@@ -207,8 +248,8 @@ impl StageTable {
                 rate(cost.flops / cost.seconds, 8),
                 rate(cost.bytes / cost.seconds, 6),
             )?;
-            match peaks {
-                Some(peaks) => writeln!(out, "  {:>6.0}%", 100.0 * share_of_ceiling(cost, peaks))?,
+            match cost.share_of_ceiling() {
+                Some(share) => writeln!(out, "  {:>6.0}%", 100.0 * share)?,
                 None => writeln!(out)?,
             }
         }
@@ -222,6 +263,7 @@ impl StageTable {
                 "ms_per_image": 1e3 * cost.seconds,
                 "gflop_s": 1e-9 * cost.flops / cost.seconds,
                 "gb_s": 1e-9 * cost.bytes / cost.seconds,
+                "share_of_ceiling": cost.share_of_ceiling(),
             })
         };
         let with = |mut value: Value, names: &[(&str, &str)]| {
@@ -236,14 +278,13 @@ impl StageTable {
         let stages: Vec<Value> = (self.grouped(Entry::stage).iter())
             .map(|(stage, sum)| with(cost(sum), &[("stage", stage)]))
             .collect();
-        json!({ "kernels": kernels, "stages": stages })
+        let ceilings = self.peaks.map(|peaks| {
+            json!({
+                "gflop_s": peaks.gflop_s, "backward_gflop_s": peaks.backward_gflop_s, "gb_s": peaks.gb_s,
+            })
+        });
+        json!({ "kernels": kernels, "stages": stages, "ceilings": ceilings })
     }
-}
-
-/// Time at the machine's ceilings over the time it took: the slower of arithmetic and memory counts.
-fn share_of_ceiling(cost: &Cost, peaks: Peaks) -> f64 {
-    let floor_s = (1e-9 * cost.flops / peaks.gflop_s).max(1e-9 * cost.bytes / peaks.gb_s);
-    floor_s / cost.seconds
 }
 
 /// Billions per second, a dash for none.
@@ -283,7 +324,7 @@ mod tests {
         clock.end_step();
         let elapsed = begin.elapsed().as_secs_f64();
 
-        let table = clock.table(2);
+        let table = clock.table(2, None);
         let total: f64 = table.entries.iter().map(|(_, cost)| cost.seconds).sum();
         assert!(total * 2.0 <= elapsed, "{total} of {elapsed}");
         let rows = table.grouped(|entry| (entry.part(), entry.kernel()));
@@ -294,16 +335,40 @@ mod tests {
 
     #[test]
     fn the_ceiling_is_the_slower_of_arithmetic_and_memory() {
+        let share = |flops: f64, bytes: f64| {
+            let cost = Cost {
+                seconds: 1.0,
+                flops,
+                bytes,
+                floor_s: 0.0,
+            };
+            cost.with_floor(100.0, 10.0).share_of_ceiling()
+        };
+        assert_eq!(share(50e9, 1e9), Some(0.5));
+        assert_eq!(share(50e9, 8e9), Some(0.8));
+        assert_eq!(share(0.0, 0.0), None);
+    }
+
+    #[test]
+    fn bfloat16_products_have_a_ceiling_of_their_own() {
+        let clock = StageClock::new();
+        clock.start_step();
+        let work = Work {
+            flops: 1 << 20,
+            bytes: 1,
+        };
+        clock.done(Kernel::Pointwise, work);
+        clock.done(Kernel::PointwiseBackward, work);
+        clock.end_step();
         let peaks = Peaks {
-            gflop_s: 100.0,
-            gb_s: 10.0,
+            gflop_s: 1.0,
+            backward_gflop_s: 2.0,
+            gb_s: 1.0,
         };
-        let cost = |flops: f64, bytes: f64| Cost {
-            seconds: 1.0,
-            flops,
-            bytes,
-        };
-        assert_eq!(share_of_ceiling(&cost(50e9, 1e9), peaks), 0.5);
-        assert_eq!(share_of_ceiling(&cost(50e9, 8e9), peaks), 0.8);
+        let floors: Vec<f64> = (clock.table(1, Some(peaks)).entries.iter())
+            .map(|(_, cost)| cost.floor_s)
+            .filter(|&floor| floor > 0.0)
+            .collect();
+        assert_eq!(floors[0], 2.0 * floors[1]);
     }
 }
