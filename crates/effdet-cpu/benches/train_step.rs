@@ -24,6 +24,7 @@ fn main() {
         threads,
         isa,
         precision: arg(6, "fp32").parse().unwrap(),
+        grad_checkpoint: false,
     };
     let loss_scale = if options.precision == Precision::Fp16 {
         32_768.0

@@ -131,6 +131,7 @@ fn training_gives_the_same_bits_on_every_instruction_set() {
                 threads: 2,
                 isa: Some(isa),
                 precision,
+                grad_checkpoint: false,
             };
             step(&network, options)
         };
@@ -151,12 +152,32 @@ fn training_gives_the_same_bits_with_any_number_of_threads() {
                 threads,
                 isa: None,
                 precision,
+                grad_checkpoint: false,
             };
             step(&network, options)
         };
         let expected = run(1);
         for threads in [2, 3, 5] {
             assert!(run(threads) == expected, "{threads} threads in {precision}");
+        }
+    }
+}
+
+#[test]
+fn blocks_that_are_computed_again_give_the_same_bits() {
+    for preset in ["d0", "d1", "lite0"] {
+        let network = odd_network(preset);
+        for precision in [Precision::Fp32, Precision::Fp16, Precision::Bf16] {
+            let [kept, again] = [false, true].map(|grad_checkpoint| {
+                let options = CpuOptions {
+                    threads: 2,
+                    isa: None,
+                    precision,
+                    grad_checkpoint,
+                };
+                step(&network, options)
+            });
+            assert!(kept == again, "{preset} in {precision}");
         }
     }
 }

@@ -144,13 +144,16 @@ fn pretrained_weights_are_listed_and_frozen_ones_stay() {
 }
 
 #[test]
-fn threads_instruction_sets_and_loader_workers_leave_the_bits_alone() {
+fn threads_instruction_sets_loader_workers_and_what_is_kept_leave_the_bits_alone() {
     let scratch = Scratch::with_data();
     scratch.train("one", "--threads 1 --workers 0 --max-steps 2");
     scratch.train("two", "--threads 2 --workers 2 --max-steps 2");
     scratch.train("portable", "--isa portable --max-steps 2");
+    scratch.train("again", "--grad-checkpoint --max-steps 1");
+    scratch.train("again", "--resume --max-steps 2");
     assert_eq!(scratch.hashes("one"), scratch.hashes("two"));
     assert_eq!(scratch.hashes("one"), scratch.hashes("portable"));
+    assert_eq!(scratch.hashes("one"), scratch.hashes("again"));
     scratch.train("other_seed", "--seed 1 --max-steps 2");
     assert_ne!(scratch.hashes("one"), scratch.hashes("other_seed"));
 }

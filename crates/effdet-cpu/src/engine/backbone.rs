@@ -1,7 +1,8 @@
 //! Stem and MBConv blocks.
 //!
 //! A block saves the raw outputs of its three convolutions and its input; activations are formed again on the way wherever
-//! they are needed. Gradients travel as `dx` of a block's input plus the sums that batch norm needs, made in the same pass.
+//! they are needed. Where the wide ones of these outputs are not kept, the backward pass computes them again from the input and
+//! the batch norms of the forward pass, which gives the same bits. Gradients travel as `dx` of a block's input plus the sums that batch norm needs, made in the same pass.
 
 use effdet_model::network::{MbConv, Network, SqueezeExcite, Stem};
 
@@ -9,7 +10,7 @@ use super::batch_norm::BatchNormState;
 use super::gradients::Gradients;
 use super::pass::{Pass, per_image};
 use super::timeline::Step;
-use super::{Beside, BuildContext};
+use super::{Beside, BuildContext, Keep};
 use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, Affine, Source};
@@ -53,6 +54,8 @@ struct BlockState<P: Storage> {
     x: AlignedBuf,
     expand: Option<Expand<P>>,
     y2: AlignedBuf<P::Activation>,
+    /// Where y₁ and y₂ are computed again for the backward pass.
+    again: Option<[AlignedBuf<P::Activation>; 2]>,
     bn2: BatchNormState,
     squeeze: Option<Squeeze>,
     depthwise: DepthwisePlan,
@@ -96,7 +99,7 @@ struct Branch {
 
 impl<P: Storage> BlockState<P> {
     fn new(layer: &MbConv, index: usize, context: &mut BuildContext<'_>) -> Self {
-        let (images, training, timeline) = (context.images, context.training, context.timeline);
+        let (images, keep, timeline) = (context.images, context.keep, context.timeline);
         let (input, output) = (layer.input.cells() * images, layer.output.cells() * images);
         let wide = layer.depthwise.channels;
         let in_channels = layer.expand.map_or(wide, |(conv, _)| conv.in_channels);
@@ -111,15 +114,28 @@ impl<P: Storage> BlockState<P> {
             true => timeline.during(backward),
             false => timeline.span(Step::BlockBackward(index + 1), backward),
         };
-        let kept = |len: usize| if training { len } else { 0 };
+        let kept = |len: usize| if keep.training() { len } else { 0 };
         let (y1_len, dz_len) = match (layer.expand, index) {
             (Some(_), _) => (input * wide, input * wide),
             (None, 0) => (0, input * wide),
             (None, _) => (0, 0),
         };
         let memory = &mut *context.memory;
-        let y1 = memory.buffer("backbone: wide activations", kept(y1_len), kept_steps);
-        let y2 = memory.buffer("backbone: wide activations", kept(output * wide), kept_steps);
+        let wide_steps = match keep {
+            Keep::BlockInputs => timeline.during(forward),
+            Keep::All | Keep::Outputs => kept_steps,
+        };
+        let y1 = memory.buffer("backbone: wide activations", kept(y1_len), wide_steps);
+        let y2 = memory.buffer("backbone: wide activations", kept(output * wide), wide_steps);
+        let again = (keep == Keep::BlockInputs).then(|| {
+            [y1_len, output * wide].map(|len| {
+                memory.buffer(
+                    "backbone: wide activations, again",
+                    len,
+                    timeline.during(backward),
+                )
+            })
+        });
         let da_steps = timeline.during(backward);
         let da = memory.buffer("backbone: wide gradients", kept(output * wide), da_steps);
         let dz = memory.buffer("backbone: wide gradients", kept(dz_len), dz_steps);
@@ -143,6 +159,7 @@ impl<P: Storage> BlockState<P> {
                 rows: RowPlan::images(images, layer.input.cells()),
             }),
             y2,
+            again,
             bn2: BatchNormState::new(&[layer.depthwise_bn]),
             squeeze: layer.squeeze_excite.map(|layer| Squeeze {
                 layer,
@@ -191,7 +208,7 @@ impl<P: Storage> BlockState<P> {
 
 impl<P: Storage> Backbone<P> {
     pub(super) fn new(network: &Network, act: Act, context: &mut BuildContext<'_>) -> Self {
-        let (images, training, timeline) = (context.images, context.training, context.timeline);
+        let (images, keep, timeline) = (context.images, context.keep, context.timeline);
         let stem_len = images * network.stem.output.cells() * network.stem.conv.out_channels;
         let stem_steps = timeline.span(Step::Stem, Step::StemBackward);
         let stem = StemState {
@@ -204,7 +221,7 @@ impl<P: Storage> Backbone<P> {
             .collect();
         let wide = |size: &dyn Fn(&MbConv) -> usize| {
             let widest = network.blocks.iter().map(size).max().unwrap_or(0);
-            if training { 0 } else { images * widest }
+            if keep.training() { 0 } else { images * widest }
         };
         let wide_lens = [
             wide(&|block| block.input.cells() * block.depthwise.channels),
@@ -215,7 +232,7 @@ impl<P: Storage> Backbone<P> {
         let last_steps = timeline.span(Step::BackboneOutput, Step::BlockBackward(timeline.blocks() - 1));
         Self {
             images,
-            keeps: training,
+            keeps: keep.training(),
             act,
             stem,
             blocks,
@@ -401,21 +418,13 @@ impl<P: Storage> BlockState<P> {
             previous.materialize_output(pass, &mut self.x);
         }
 
-        let (plan, weights) = (&self.depthwise, pass.variable(self.layer.depthwise.kernel));
-        let y = &mut self.y2[..len2];
-        let sums = training.then_some(&mut self.bn2.sums[..]);
-        match (&self.expand, previous) {
-            (Some(expand), _) => {
-                let input = Source {
-                    raw: &expand.y1[..len1],
-                    affine: Some(expand.bn1.affine()),
-                    act,
-                };
-                convolve(pass, plan, weights, input, y, sums);
-            }
-            (None, None) => convolve(pass, plan, weights, stem.output(act), y, sums),
-            (None, Some(_)) => convolve(pass, plan, weights, Source::plain(&self.x[..]), y, sums),
-        }
+        self.convolve(
+            pass,
+            act,
+            previous.is_none().then_some(stem),
+            (len1, len2),
+            training,
+        );
         pass.normalize(&mut self.bn2, &[self.rows.rows()]);
 
         if let Some(squeeze) = &mut self.squeeze {
@@ -453,6 +462,65 @@ impl<P: Storage> BlockState<P> {
                 shift: per_image(&self.bn3.shift, &factors),
                 factors,
             });
+    }
+}
+
+impl<P: Storage> BlockState<P> {
+    /// The depthwise convolution, of the stem's output where there is no block in front.
+    fn convolve(
+        &mut self,
+        pass: &Pass<'_>,
+        act: Act,
+        stem: Option<&StemState<P>>,
+        (len1, len2): (usize, usize),
+        with_sums: bool,
+    ) {
+        let (plan, weights) = (&self.depthwise, pass.variable(self.layer.depthwise.kernel));
+        let y = &mut self.y2[..len2];
+        let sums = with_sums.then_some(&mut self.bn2.sums[..]);
+        match (&self.expand, stem) {
+            (Some(expand), _) => {
+                let input = Source {
+                    raw: &expand.y1[..len1],
+                    affine: Some(expand.bn1.affine()),
+                    act,
+                };
+                convolve(pass, plan, weights, input, y, sums);
+            }
+            (None, Some(stem)) => convolve(pass, plan, weights, stem.output(act), y, sums),
+            (None, None) => convolve(pass, plan, weights, Source::plain(&self.x[..]), y, sums),
+        }
+    }
+
+    /// Lets y₁ and y₂ change places with the buffers they are computed into again.
+    fn swap_wide(&mut self) {
+        if let Some([y1, y2]) = &mut self.again {
+            if let Some(expand) = &mut self.expand {
+                std::mem::swap(&mut expand.y1, y1);
+            }
+            std::mem::swap(&mut self.y2, y2);
+        }
+    }
+
+    /// Computes y₁ and y₂ again from the input and the batch norms of the forward pass.
+    fn compute_wide(&mut self, pass: &Pass<'_>, act: Act, stem: Option<&StemState<P>>) {
+        if let Some(expand) = &mut self.expand {
+            pointwise::forward(
+                pass.executor,
+                Forward {
+                    rows: &expand.rows,
+                    weights: &expand.weights,
+                    input: FullInput::Plain(&self.x),
+                    bias: None,
+                    stride: expand.weights.outputs(),
+                    y: &mut expand.y1[..],
+                    sums: None,
+                    streaming: true,
+                },
+            );
+        }
+        let len1 = self.expand.as_ref().map_or(0, |expand| expand.y1.len());
+        self.convolve(pass, act, stem, (len1, self.y2.len()), false);
     }
 }
 
@@ -593,7 +661,12 @@ impl<P: Storage> Backbone<P> {
             pass.enter(Step::BlockBackward(index));
             let feature = index.checked_sub(1).and_then(feature_of);
             let (done, rest) = self.blocks.split_at_mut(index);
-            rest[0].backward(
+            let block = &mut rest[0];
+            if block.again.is_some() {
+                block.swap_wide();
+                block.compute_wide(pass, self.act, (index == 0).then_some(&self.stem));
+            }
+            block.backward(
                 pass,
                 self.act,
                 &mut self.stem,
@@ -601,6 +674,7 @@ impl<P: Storage> Backbone<P> {
                 feature,
                 gradients,
             );
+            block.swap_wide();
             gradients.finish_from(self.blocks[index].layer.first_variable());
         }
 

@@ -56,6 +56,26 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// How activations and gradients of a training step are stored.
     pub precision: Precision,
+    /// Whether a training step keeps the inputs of MBConv blocks alone and computes what is wide in them again in the backward
+    /// pass: less memory, more time, the same bits.
+    pub grad_checkpoint: bool,
+}
+
+/// What layers keep of a forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// What the heads need.
+    Outputs,
+    /// What a backward pass needs, except the wide tensors of MBConv blocks, which it computes again.
+    BlockInputs,
+    /// What a backward pass needs.
+    All,
+}
+
+impl Keep {
+    fn training(self) -> bool {
+        self != Self::Outputs
+    }
 }
 
 /// Runs an EfficientDet on the CPU.
@@ -68,6 +88,8 @@ pub struct CpuEngine {
     executor: Executor,
     anchors: Anchors,
     training: Training,
+    /// What training steps keep.
+    keep: Keep,
     /// Layers whose outputs can all be named.
     traced: Option<Box<Layers<Full>>>,
     inference: Option<Plan>,
@@ -135,7 +157,7 @@ impl Beside {
 /// What layers are built from and with.
 struct BuildContext<'a> {
     images: usize,
-    training: bool,
+    keep: Keep,
     products: PassProducts,
     timeline: Timeline,
     memory: &'a mut Memory,
@@ -149,25 +171,25 @@ impl BuildContext<'_> {
     /// A buffer that only training needs.
     fn gradient(&mut self, owner: &'static str, len: usize, lifetime: Lifetime) -> AlignedBuf {
         self.memory
-            .buffer(owner, if self.training { len } else { 0 }, lifetime)
+            .buffer(owner, if self.keep.training() { len } else { 0 }, lifetime)
     }
 }
 
 impl<P: Storage> Layers<P> {
-    fn new(network: &Network, images: usize, training: bool) -> Self {
-        let (_, memory) = Self::plan(network, images, training);
+    fn new(network: &Network, images: usize, keep: Keep) -> Self {
+        let (_, memory) = Self::plan(network, images, keep);
         let mut memory = memory.allocate();
-        Self::build(network, images, training, &mut memory)
+        Self::build(network, images, keep, &mut memory)
     }
 
     /// Layers without memory, and what they ask for.
-    fn plan(network: &Network, images: usize, training: bool) -> (Self, Memory) {
-        let mut memory = Memory::plan(training);
-        (Self::build(network, images, training, &mut memory), memory)
+    fn plan(network: &Network, images: usize, keep: Keep) -> (Self, Memory) {
+        let mut memory = Memory::plan(keep.training());
+        (Self::build(network, images, keep, &mut memory), memory)
     }
 
-    fn training_memory(network: &Network, images: usize) -> MemoryEstimate {
-        let (layers, mut memory) = Self::plan(network, images, true);
+    fn training_memory(network: &Network, images: usize, keep: Keep) -> MemoryEstimate {
+        let (layers, mut memory) = Self::plan(network, images, keep);
         let mut beside = Beside::default();
         layers.backbone.count(&mut beside);
         layers.pyramid.count(&mut beside);
@@ -181,14 +203,14 @@ impl<P: Storage> Layers<P> {
         }
     }
 
-    fn build(network: &Network, images: usize, training: bool, memory: &mut Memory) -> Self {
+    fn build(network: &Network, images: usize, keep: Keep, memory: &mut Memory) -> Self {
         let act = act_of(network.hparams.act_type);
         let timeline = Timeline::new(network);
         let len = Heads::input_len(network, images);
         let clock = Clock::new(timeline, memory.region());
         let mut context = BuildContext {
             images,
-            training,
+            keep,
             products: P::PRODUCTS,
             timeline,
             memory,
@@ -295,6 +317,10 @@ impl CpuEngine {
                 Precision::Fp16 => Training::Half(None),
                 Precision::Bf16 => Training::Brain(None),
             },
+            keep: match options.grad_checkpoint {
+                true => Keep::BlockInputs,
+                false => Keep::All,
+            },
             traced: None,
             inference: None,
         })
@@ -325,10 +351,11 @@ impl CpuEngine {
     /// Left out are the threads' scratch memory and vectors over channels, some megabytes, and what belongs to the caller:
     /// weights, gradients and the batch.
     pub fn training_memory(&self, images: usize) -> MemoryEstimate {
+        let (network, keep) = (&self.network, self.keep);
         match self.training {
-            Training::Full(_) => Layers::<Full>::training_memory(&self.network, images),
-            Training::Half(_) => Layers::<Half>::training_memory(&self.network, images),
-            Training::Brain(_) => Layers::<Brain>::training_memory(&self.network, images),
+            Training::Full(_) => Layers::<Full>::training_memory(network, images, keep),
+            Training::Half(_) => Layers::<Half>::training_memory(network, images, keep),
+            Training::Brain(_) => Layers::<Brain>::training_memory(network, images, keep),
         }
     }
 
@@ -542,13 +569,13 @@ fn layers_for<'a, P: Storage>(
     slot: &'a mut Option<Box<Layers<P>>>,
     network: &Network,
     images: usize,
-    training: bool,
+    keep: Keep,
 ) -> &'a mut Layers<P> {
     if slot.as_ref().is_some_and(|layers| layers.images != images) {
         // Freed first, so that two sets of buffers never exist at once.
         *slot = None;
     }
-    slot.get_or_insert_with(|| Box::new(Layers::new(network, images, training)))
+    slot.get_or_insert_with(|| Box::new(Layers::new(network, images, keep)))
 }
 
 /// The first variable of a head.
@@ -621,13 +648,13 @@ impl CpuEngine {
             buffer: gradients,
         };
         let (network, anchors) = (&*self.network, &self.anchors);
-        let loss_scale = options.loss_scale;
+        let (loss_scale, keep) = (options.loss_scale, self.keep);
         Ok(match &mut self.training {
-            Training::Full(slot) => layers_for(slot, network, images, true)
+            Training::Full(slot) => layers_for(slot, network, images, keep)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
-            Training::Half(slot) => layers_for(slot, network, images, true)
+            Training::Half(slot) => layers_for(slot, network, images, keep)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
-            Training::Brain(slot) => layers_for(slot, network, images, true)
+            Training::Brain(slot) => layers_for(slot, network, images, keep)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
         })
     }
@@ -713,7 +740,7 @@ impl CpuEngine {
         let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
         // Batch statistics are made in training passes only, and a trace leaves the caller's alone.
         let mut moved = weights.statistics.clone();
-        let layers = layers_for(&mut self.traced, &self.network, images.batch, false);
+        let layers = layers_for(&mut self.traced, &self.network, images.batch, Keep::Outputs);
         let clock = layers.clock.clone();
         let mut pass = Pass {
             executor: &self.executor,

@@ -7,7 +7,7 @@ use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
-use super::{CpuEngine, CpuOptions, Training};
+use super::{CpuEngine, CpuOptions, MemoryEstimate, Training};
 
 fn small_network(preset: &str) -> Arc<Network> {
     let mut hparams = HParams::preset(preset).unwrap();
@@ -54,15 +54,17 @@ fn allocated(engine: &CpuEngine) -> usize {
 
 #[test]
 fn predicted_memory_is_what_a_step_allocates() {
-    for (preset, images, precision) in [
-        ("d0", 2, Precision::Fp32),
-        ("d0", 1, Precision::Bf16),
-        ("lite1", 1, Precision::Fp16),
-        ("d1", 3, Precision::Fp32),
+    for (preset, images, precision, grad_checkpoint) in [
+        ("d0", 2, Precision::Fp32, false),
+        ("d0", 2, Precision::Fp32, true),
+        ("d0", 1, Precision::Bf16, false),
+        ("lite1", 1, Precision::Fp16, true),
+        ("d1", 3, Precision::Fp32, false),
     ] {
         let network = small_network(preset);
         let options = CpuOptions {
             precision,
+            grad_checkpoint,
             ..CpuOptions::default()
         };
         let mut engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
@@ -96,6 +98,28 @@ fn halves_take_half_the_memory_of_wide_tensors() {
         let share = half.bytes as f64 / full.bytes as f64;
         assert!((share - expected).abs() < 0.01, "{}: {share}", full.owner);
     }
+}
+
+#[test]
+fn blocks_that_are_computed_again_keep_nothing_wide() {
+    let network = small_network("d0");
+    let [kept, again] = [false, true].map(|grad_checkpoint| {
+        let options = CpuOptions {
+            grad_checkpoint,
+            ..CpuOptions::default()
+        };
+        let engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
+        engine.training_memory(4)
+    });
+    let wide = |estimate: &MemoryEstimate| -> usize {
+        let wide = estimate
+            .buffers
+            .iter()
+            .filter(|owned| owned.owner.contains("wide activations"));
+        wide.map(|owned| owned.at_peak).sum()
+    };
+    assert!(wide(&again) < wide(&kept) / 2, "{again:?}");
+    assert!(again.buffer_bytes < kept.buffer_bytes);
 }
 
 #[test]

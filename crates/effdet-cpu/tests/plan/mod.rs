@@ -18,6 +18,7 @@ const TWO_THREADS: CpuOptions = CpuOptions {
     threads: 2,
     isa: None,
     precision: Precision::Fp32,
+    grad_checkpoint: false,
 };
 
 fn network(preset: &str, (height, width): (usize, usize), change: impl Fn(&mut HParams)) -> Arc<Network> {

@@ -20,7 +20,9 @@ pub use launch::LaunchArgs;
 pub use ranks::RankArgs;
 pub use recipe::{RecipeArgs, RecipeCommand, RecipeRun};
 pub use runs::{CheckpointArgs, CheckpointCommand, CompareArgs};
-pub use train::{BatchSize, EngineArgs, ModelArgs, NonFinitePolicy, OnCorrupt, SourceArgs, TrainArgs};
+pub use train::{
+    BatchSize, EngineArgs, ModelArgs, NonFinitePolicy, OnCorrupt, SourceArgs, StepMemory, TrainArgs,
+};
 
 use std::ffi::OsString;
 
@@ -180,9 +182,22 @@ pub struct BenchOptions {
     /// How training stores activations and gradients: fp32, fp16 or bf16.
     #[arg(long, value_name = "PRECISION", value_parser = train::parse_precision)]
     pub precision: Option<effdet_model::engine::Precision>,
+    /// Compute wide tensors again in the backward pass instead of keeping them.
+    #[arg(long)]
+    pub grad_checkpoint: bool,
     /// Print one JSON line.
     #[arg(long)]
     pub json: bool,
+}
+
+impl BenchOptions {
+    /// What a training step keeps.
+    pub fn step_memory(&self) -> StepMemory {
+        StepMemory {
+            precision: self.precision.unwrap_or_default(),
+            grad_checkpoint: self.grad_checkpoint,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -28,6 +28,15 @@ pub struct ModelArgs {
     pub num_classes: Option<usize>,
 }
 
+/// What a training step keeps of a forward pass, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepMemory {
+    /// How wide tensors are stored.
+    pub precision: Precision,
+    /// Whether those of MBConv blocks are computed again instead.
+    pub grad_checkpoint: bool,
+}
+
 /// How to run it.
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
@@ -266,6 +275,10 @@ pub struct TrainArgs {
     /// processor has an instruction for it (`effdet inspect machine` tells).
     #[arg(long, value_name = "PRECISION", value_parser = parse_precision)]
     pub precision: Option<Precision>,
+    /// Compute the wide tensors of MBConv blocks again in the backward pass instead of keeping them: less memory, more time, the
+    /// same bits.
+    #[arg(long)]
+    pub grad_checkpoint: bool,
     /// The same as --precision fp16.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub amp: Option<bool>,
@@ -278,6 +291,14 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
+    /// What a training step in `precision` keeps.
+    pub fn step_memory(&self, precision: Precision) -> StepMemory {
+        StepMemory {
+            precision,
+            grad_checkpoint: self.grad_checkpoint,
+        }
+    }
+
     /// The number of images that `--batch-size` names; none where it is left to the program.
     pub fn batch_images(&self) -> Option<usize> {
         match self.batch_size {

@@ -6,31 +6,28 @@ use anyhow::{Context, Result, ensure};
 use effdet_cpu::engine::{CpuEngine, CpuOptions};
 use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::simd::Isa;
-use effdet_model::engine::Precision;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
-use crate::cli::EngineArgs;
+use crate::cli::{EngineArgs, StepMemory};
 
-/// The CPU engine for `network` with the threads and the instruction set of the command line, which trains in `precision`.
-pub fn cpu_engine(network: &Arc<Network>, args: &EngineArgs, precision: Precision) -> Result<CpuEngine> {
-    Ok(CpuEngine::new(
-        Arc::clone(network),
-        cpu_options(args, precision)?,
-    )?)
+/// The CPU engine for `network` with the threads and the instruction set of the command line, which trains with `memory`.
+pub fn cpu_engine(network: &Arc<Network>, args: &EngineArgs, memory: StepMemory) -> Result<CpuEngine> {
+    Ok(CpuEngine::new(Arc::clone(network), cpu_options(args, memory)?)?)
 }
 
 /// The plan that runs `network` with these weights, with the threads and the instruction set of the command line.
 pub fn inference_plan(network: &Arc<Network>, weights: &Weights, args: &EngineArgs) -> Result<InferencePlan> {
-    let options = cpu_options(args, Precision::Fp32)?;
+    let options = cpu_options(args, StepMemory::default())?;
     Ok(InferencePlan::new(Arc::clone(network), weights, options)?)
 }
 
-fn cpu_options(args: &EngineArgs, precision: Precision) -> Result<CpuOptions> {
+fn cpu_options(args: &EngineArgs, memory: StepMemory) -> Result<CpuOptions> {
     Ok(CpuOptions {
         threads: args.threads.unwrap_or(0),
         isa: Some(chosen_isa(args)?),
-        precision,
+        precision: memory.precision,
+        grad_checkpoint: memory.grad_checkpoint,
     })
 }
 

@@ -21,7 +21,7 @@ use super::model::apply_overrides;
 use super::progress::Progress;
 use super::ranks::{self, Job};
 use super::sources::{self, Part};
-use crate::cli::EvalArgs;
+use crate::cli::{EvalArgs, StepMemory};
 
 /// A score with the names of its categories.
 struct Scored {
@@ -110,7 +110,7 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result
     ranks::verify_evaluation(job, &weights_hash(&weights), &dataset)?;
     let mut engine_args = args.engine.clone();
     engine_args.threads = job.threads(args.engine.threads);
-    let mut engine = cpu_engine(&network, &engine_args, effdet_model::engine::Precision::Fp32)?;
+    let mut engine = cpu_engine(&network, &engine_args, StepMemory::default())?;
     let names = (dataset.categories.iter())
         .map(|category| (i64::from(category.id.0), category.name.clone()))
         .collect();

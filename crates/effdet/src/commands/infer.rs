@@ -9,7 +9,6 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use effdet_data::decode::{DecodeOptions, decode_rgb};
 use effdet_model::detect::Detection;
-use effdet_model::engine::Precision;
 use effdet_model::label_map::LabelMap;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
@@ -20,7 +19,7 @@ use super::detector::{Detector, annotate};
 use super::engine::cpu_engine;
 use super::model::apply_overrides;
 use super::progress::Progress;
-use crate::cli::InferArgs;
+use crate::cli::{InferArgs, StepMemory};
 
 /// Larger files are refused unread.
 const MAX_ENCODED_BYTES: u64 = 256 << 20;
@@ -64,7 +63,7 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
     }
     let network = trained.network()?;
     let weights = trained.weights(&network, args.raw_weights)?;
-    let mut engine = cpu_engine(&network, &args.engine, Precision::Fp32)?;
+    let mut engine = cpu_engine(&network, &args.engine, StepMemory::default())?;
     let mut detector = Detector::new(&mut engine, &network, &weights, nms)?;
 
     fs::create_dir_all(&args.output_dir)

@@ -6,12 +6,12 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use effdet_ckpt::{load_notes, load_tensors};
 use effdet_data::batch::Batch;
-use effdet_model::engine::{Engine, Precision, StepOptions};
+use effdet_model::engine::{Engine, StepOptions};
 use effdet_train::guard::first_non_finite;
 
 use super::checkpoint::Trained;
 use super::engine::cpu_engine;
-use crate::cli::EngineArgs;
+use crate::cli::{EngineArgs, StepMemory};
 
 /// Runs the command.
 pub fn run(file: &Path, checkpoint: Option<&Path>, engine: &EngineArgs) -> Result<()> {
@@ -43,7 +43,7 @@ pub fn run(file: &Path, checkpoint: Option<&Path>, engine: &EngineArgs) -> Resul
     let network = trained.network()?;
     let mut weights = trained.weights(&network, true)?;
     let before = weights.clone();
-    let mut engine = cpu_engine(&network, engine, Precision::Fp32)?;
+    let mut engine = cpu_engine(&network, engine, StepMemory::default())?;
     let mut gradients = vec![0.0; weights.trainable.len()];
     let losses = engine.train_step(
         &mut weights,

@@ -11,7 +11,7 @@ use effdet_data::decode::{DecodeOptions, decode_rgb};
 use effdet_data::preprocess::{Placement, PreprocessConfig, place_image};
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
-use effdet_model::engine::{Engine, ImageBatch, Mode, Precision, StepOptions, Targets, TrainBatch};
+use effdet_model::engine::{Engine, ImageBatch, Mode, StepOptions, Targets, TrainBatch};
 use effdet_model::hparams::HParams;
 use effdet_model::loss::normalizer;
 use effdet_model::network::{Network, VariableKind};
@@ -22,7 +22,7 @@ use serde::Deserialize;
 use super::checkpoint::Trained;
 use super::engine::cpu_engine;
 use super::model::{apply_overrides, resolve_hparams};
-use crate::cli::{EngineArgs, ModelArgs};
+use crate::cli::{EngineArgs, ModelArgs, StepMemory};
 use crate::npy;
 
 /// What to trace.
@@ -97,7 +97,7 @@ pub fn run(request: &Request<'_>) -> Result<()> {
     let mut engine: Box<dyn Engine> = if request.reference {
         Box::new(ReferenceEngine::<f32>::new(Arc::clone(&network))?)
     } else {
-        Box::new(cpu_engine(&network, request.engine, Precision::Fp32)?)
+        Box::new(cpu_engine(&network, request.engine, StepMemory::default())?)
     };
     let pixels = read_input(request.input, &network.hparams)
         .with_context(|| format!("--input {}", request.input.display()))?;

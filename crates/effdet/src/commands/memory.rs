@@ -12,7 +12,7 @@ use effdet_model::weights::Weights;
 
 use super::host;
 use super::run_config::RunConfig;
-use crate::cli::{BatchSize, TrainArgs};
+use crate::cli::{BatchSize, StepMemory, TrainArgs};
 
 /// Program, threads' stacks, tables, one decoded image per loader thread.
 const BASE_BYTES: u64 = 64 << 20;
@@ -24,16 +24,12 @@ const LARGEST_BATCH: usize = 256;
 /// What a rank's training takes, evaluation included.
 ///
 /// `images`: of a micro-batch. The figure holds what grows with network and batch; images of the data set are read one by one.
-pub fn needed_bytes(
-    hparams: &HParams,
-    images: usize,
-    accumulate: usize,
-    precision: Precision,
-) -> Result<u64> {
+pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize, memory: StepMemory) -> Result<u64> {
     let network = Arc::new(Network::new(hparams)?);
     let options = CpuOptions {
         threads: 1,
-        precision,
+        precision: memory.precision,
+        grad_checkpoint: memory.grad_checkpoint,
         ..CpuOptions::default()
     };
     let engine = CpuEngine::new(Arc::clone(&network), options)?;
@@ -85,10 +81,10 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                 )
             };
             let accumulate = args.accumulate.max(1);
-            let precision = args.precision().unwrap_or_default();
+            let memory = args.step_memory(args.precision().unwrap_or_default());
             let mut chosen = None;
             let mut images = 1;
-            while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate, precision)? <= bytes {
+            while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate, memory)? <= bytes {
                 chosen = Some(images);
                 images *= 2;
             }
@@ -102,7 +98,7 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                     }
                     Ok(images)
                 }
-                None => Err(refusal(hparams, (1, accumulate, precision), bytes, whose)?),
+                None => Err(refusal(hparams, (1, accumulate, memory), bytes, whose)?),
             }
         }
     }
@@ -114,10 +110,11 @@ pub fn check(args: &TrainArgs, config: &RunConfig) -> Result<Option<String>> {
         return Ok(None);
     };
     let train = &config.train;
-    let (images, accumulate, precision) = (train.batch_size, train.accumulate, train.precision);
-    let needed = needed_bytes(&config.hparams, images, accumulate, precision)?;
+    let memory = args.step_memory(train.precision);
+    let (images, accumulate) = (train.batch_size, train.accumulate);
+    let needed = needed_bytes(&config.hparams, images, accumulate, memory)?;
     if needed > bytes && !args.ignore_memory {
-        let batch = (images, accumulate, precision);
+        let batch = (images, accumulate, memory);
         return Err(refusal(&config.hparams, batch, bytes, whose)?);
     }
     Ok(Some(format!("needs {} of {} {whose}", gb(needed), gb(bytes))))
@@ -126,14 +123,28 @@ pub fn check(args: &TrainArgs, config: &RunConfig) -> Result<Option<String>> {
 /// The message with the three cheapest remedies, cheapest in what they change.
 fn refusal(
     hparams: &HParams,
-    (images, accumulate, precision): (usize, usize, Precision),
+    (images, accumulate, memory): (usize, usize, StepMemory),
     bytes: u64,
     whose: &str,
 ) -> Result<anyhow::Error> {
-    let needed = needed_bytes(hparams, images, accumulate, precision)?;
+    let needed = needed_bytes(hparams, images, accumulate, memory)?;
     let mut remedies = Vec::new();
-    if precision == Precision::Fp32 {
-        let takes = needed_bytes(hparams, images, accumulate, Precision::Fp16)?;
+    if !memory.grad_checkpoint {
+        let again = StepMemory {
+            grad_checkpoint: true,
+            ..memory
+        };
+        let takes = needed_bytes(hparams, images, accumulate, again)?;
+        if takes <= bytes {
+            remedies.push(format!("--grad-checkpoint takes {}", gb(takes)));
+        }
+    }
+    if memory.precision == Precision::Fp32 {
+        let halves = StepMemory {
+            precision: Precision::Fp16,
+            ..memory
+        };
+        let takes = needed_bytes(hparams, images, accumulate, halves)?;
         if takes <= bytes {
             remedies.push(format!("--precision fp16 takes {}", gb(takes)));
         }
@@ -141,7 +152,7 @@ fn refusal(
     let mut smaller = images / 2;
     while smaller > 0 {
         let times = accumulate * images.div_ceil(smaller);
-        let takes = needed_bytes(hparams, smaller, times, precision)?;
+        let takes = needed_bytes(hparams, smaller, times, memory)?;
         if takes <= bytes {
             remedies.push(format!(
                 "--batch-size {smaller} --accumulate {times} takes {} for updates of as many images",
@@ -166,7 +177,7 @@ fn refusal(
             },
             images,
             accumulate,
-            precision,
+            memory,
         )?;
         if takes <= bytes && image_size != hparams.image_size {
             remedies.push(format!("--image-size {image_size} takes {}", gb(takes)));
@@ -176,7 +187,7 @@ fn refusal(
     for model in ["d4", "d3", "d2", "d1", "d0", "lite0"] {
         let mut other = HParams::preset(model)?;
         (other.image_size, other.num_classes) = (hparams.image_size, hparams.num_classes);
-        let takes = needed_bytes(&other, images, accumulate, precision)?;
+        let takes = needed_bytes(&other, images, accumulate, memory)?;
         if takes <= bytes && other.name != hparams.name && takes < needed {
             remedies.push(format!("--model {model} at this image size takes {}", gb(takes)));
             break;
@@ -202,17 +213,31 @@ mod tests {
     fn a_run_that_does_not_fit_is_told_what_would() {
         let mut hparams = HParams::preset("d1").unwrap();
         hparams.image_size = ImageSize::square(256);
-        let needed = needed_bytes(&hparams, 8, 1, Precision::Fp32).unwrap();
-        assert!(needed > needed_bytes(&hparams, 4, 1, Precision::Fp32).unwrap());
-        let message = refusal(&hparams, (8, 1, Precision::Fp32), needed * 7 / 10, "free")
-            .unwrap()
-            .to_string();
+        let kept = StepMemory::default();
+        let needed = needed_bytes(&hparams, 8, 1, kept).unwrap();
+        assert!(needed > needed_bytes(&hparams, 4, 1, kept).unwrap());
+        let refused = |memory, bytes| {
+            let error = refusal(&hparams, (8, 1, memory), bytes, "free").unwrap();
+            error.to_string()
+        };
+        let again = StepMemory {
+            grad_checkpoint: true,
+            ..kept
+        };
+        let least = needed_bytes(&hparams, 8, 1, again).unwrap();
+        let message = refused(kept, least);
+        for remedy in [
+            "--grad-checkpoint takes",
+            "--batch-size 4 --accumulate 2",
+            "--image-size",
+        ] {
+            assert!(message.contains(remedy), "{message}");
+        }
+        let message = refused(again, least * 7 / 10);
         for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model lite0"] {
             assert!(message.contains(remedy), "{message}");
         }
-        let hopeless = refusal(&hparams, (8, 1, Precision::Fp32), 1 << 20, "free")
-            .unwrap()
-            .to_string();
+        let hopeless = refused(kept, 1 << 20);
         assert!(hopeless.contains("more memory"), "{hopeless}");
     }
 }

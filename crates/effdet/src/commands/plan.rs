@@ -71,7 +71,7 @@ fn memory(args: &TrainArgs, config: &RunConfig) -> Result<String> {
                 &config.hparams,
                 train.batch_size,
                 train.accumulate,
-                train.precision
+                args.step_memory(train.precision)
             )?)
         ),
         // A plan may be for another machine.

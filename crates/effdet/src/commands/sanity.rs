@@ -85,7 +85,7 @@ pub fn run(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
         load_pretrained(path, &network, &mut weights)?;
     }
     let scratch = tempfile::tempdir().context("cannot create a temporary folder")?;
-    let mut engine = cpu_engine(&network, &args.engine, config.train.precision)?;
+    let mut engine = cpu_engine(&network, &args.engine, args.step_memory(config.train.precision))?;
     let requests = Arc::new(Requests::default());
     let mut inputs = RunInputs {
         network: &network,

@@ -173,7 +173,7 @@ fn time_training(
     options: &BenchOptions,
     clock: &Arc<StageClock>,
 ) -> Result<Timing> {
-    let mut engine = cpu_engine(network, &options.engine, options.precision.unwrap_or_default())?;
+    let mut engine = cpu_engine(network, &options.engine, options.step_memory())?;
     let mut weights = Weights::init(&network.variables, 0);
     let mut average = Weights::zeros(&network.variables);
     let mut optimizer = Optimizer::new(&network.hparams, &network.variables)?;

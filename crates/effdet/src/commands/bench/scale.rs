@@ -85,7 +85,7 @@ pub fn run(options: &ScaleOptions, job: &Job<'_>) -> Result<()> {
     let network = Arc::new(Network::new(&resolve_hparams(&bench.model, "d0")?)?);
     let mut engine_args = bench.engine.clone();
     engine_args.threads = job.threads(bench.engine.threads);
-    let mut engine = cpu_engine(&network, &engine_args, bench.precision.unwrap_or_default())?;
+    let mut engine = cpu_engine(&network, &engine_args, bench.step_memory())?;
     let batch = RandomBatch::new(&network, bench.batch_size)?;
     let all = job.group;
     let mut sizes: Vec<usize> = (0..usize::BITS)

@@ -109,8 +109,13 @@ fn resume_command(train: &TrainArgs, run_dir: &Path) -> Vec<String> {
     option("--isa", train.engine.isa.clone());
     option("--workers", train.workers.map(|n| n.to_string()));
     option("--max-steps", train.max_steps.map(|n| n.to_string()));
-    if train.quiet {
-        command.push("--quiet".to_owned());
+    for (flag, set) in [
+        ("--quiet", train.quiet),
+        ("--grad-checkpoint", train.grad_checkpoint),
+    ] {
+        if set {
+            command.push(flag.to_owned());
+        }
     }
     command
 }
