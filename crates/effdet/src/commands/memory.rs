@@ -225,7 +225,8 @@ mod tests {
             ..kept
         };
         let least = needed_bytes(&hparams, 8, 1, again).unwrap();
-        let message = refused(kept, least);
+        let halved = needed_bytes(&hparams, 4, 2, kept).unwrap();
+        let message = refused(kept, least.max(halved));
         for remedy in [
             "--grad-checkpoint takes",
             "--batch-size 4 --accumulate 2",
@@ -233,8 +234,8 @@ mod tests {
         ] {
             assert!(message.contains(remedy), "{message}");
         }
-        let message = refused(again, least * 7 / 10);
-        for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model lite0"] {
+        let message = refused(again, needed_bytes(&hparams, 4, 2, again).unwrap());
+        for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model d0"] {
             assert!(message.contains(remedy), "{message}");
         }
         let hopeless = refused(kept, 1 << 20);
