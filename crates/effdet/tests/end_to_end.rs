@@ -376,6 +376,25 @@ fn benchmarks_report_what_they_measured_and_on_what() {
 }
 
 #[test]
+fn post_processing_is_timed_on_made_up_or_given_outputs() {
+    let scratch = Scratch::new();
+    for (data, method) in [("clustered", "hard"), ("random", "gaussian")] {
+        let line = scratch.succeed(&format!(
+            "bench postprocess --image-size 128 --num-classes 7 --data {data} --method {method} --steps 3 --json"
+        ));
+        let report: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(
+            (&report["classes"], &report["method"]),
+            (&7.into(), &method.into())
+        );
+        assert!(report["ms"].as_f64().unwrap() > 0.0);
+        assert_eq!(report["detections"], 100);
+    }
+    let message = scratch.fail(1, "bench postprocess --inputs nowhere");
+    assert!(message.contains("cls.npy"), "{message}");
+}
+
+#[test]
 fn the_machine_is_described_for_the_instruction_set_of_the_environment() {
     let inspect = |isa: &str| {
         Command::new(env!("CARGO_BIN_EXE_effdet"))

@@ -18,6 +18,7 @@ pub mod wbf;
 
 pub use postprocess::{
     postprocess_combined, postprocess_evaluation, postprocess_global, postprocess_per_class,
+    suppress_evaluation,
 };
 
 use serde::{Deserialize, Serialize};

@@ -28,10 +28,20 @@ pub fn postprocess_evaluation(
         return postprocess_per_class(outputs, image, anchors, config, image_scale);
     }
     let heads = ImageHeads::new(outputs, image, anchors)?;
+    let candidates = heads.candidates(config.max_nms_inputs);
+    Ok(suppress_evaluation(candidates, config, image_scale))
+}
+
+/// The second half of [`postprocess_evaluation`] with `config.pyfunc`: from candidates to detections.
+pub fn suppress_evaluation(
+    candidates: Vec<Candidate>,
+    config: &NmsConfigs,
+    image_scale: f32,
+) -> Vec<Detection> {
     let limit = config.max_output_size;
-    Ok(best_of_classes(&heads, config, image_scale, |boxes| {
+    best_of_classes(candidates, config, image_scale, |boxes| {
         nms::suppress_inclusive(boxes, config, limit)
-    }))
+    })
 }
 
 /// Detections of one image as served: class-agnostic `NonMaxSuppressionV5`, boxes clipped to the network input, best first.
@@ -77,7 +87,8 @@ pub fn postprocess_per_class(
 ) -> Result<Vec<Detection>, DetectError> {
     let parameters = v5_parameters(config, "per-class")?;
     let heads = ImageHeads::new(outputs, image, anchors)?;
-    Ok(best_of_classes(&heads, config, image_scale, |boxes| {
+    let candidates = heads.candidates(config.max_nms_inputs);
+    Ok(best_of_classes(candidates, config, image_scale, |boxes| {
         nms::suppress_v5(boxes, &parameters)
     }))
 }
@@ -151,12 +162,11 @@ fn hard_within_classes(
 
 /// Suppresses each class by itself and keeps the best of all.
 fn best_of_classes(
-    heads: &ImageHeads<'_>,
+    mut candidates: Vec<Candidate>,
     config: &NmsConfigs,
     image_scale: f32,
     suppress: impl Fn(&[ScoredBox]) -> Vec<nms::Kept>,
 ) -> Vec<Detection> {
-    let mut candidates = heads.candidates(config.max_nms_inputs);
     candidates.sort_by_key(|candidate| candidate.class);
     let mut survivors = Vec::new();
     for of_class in candidates.chunk_by(|a, b| a.class == b.class) {

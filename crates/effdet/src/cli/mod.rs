@@ -120,10 +120,47 @@ pub enum BenchCommand {
     Train(BenchOptions),
     /// Network outputs.
     Infer(BenchOptions),
+    /// From head outputs to detections: the best logits, decoding, suppression.
+    Postprocess(PostprocessBenchOptions),
     /// Preparation of training samples on one core: decode, augment, assign.
     Data(Box<DataBenchOptions>),
     /// Steps and sums on 1, 2, 4 … of the ranks that mpirun started, and a model of more of them.
     Scale(ScaleOptions),
+}
+
+/// Options of `bench postprocess`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  effdet bench postprocess                                 D0's 49,104 anchors, 90 classes, 5,000 candidates
+  effdet bench postprocess --method hard --inputs heads    the numbers in heads/cls.npy and heads/box.npy")]
+pub struct PostprocessBenchOptions {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Folder with cls.npy [anchors, classes] and box.npy [anchors, 4]; none = made up.
+    #[arg(long, value_name = "DIR", conflicts_with = "data")]
+    pub inputs: Option<std::path::PathBuf>,
+    /// What is made up: noise with 20 objects in it, or noise alone.
+    #[arg(long, value_name = "clustered|random", default_value = "clustered", value_parser = ["clustered", "random"])]
+    pub data: String,
+    /// Suppression: hard, diou, linear or gaussian; default: the model's.
+    #[arg(long)]
+    pub method: Option<effdet_model::hparams::NmsMethod>,
+    /// Candidates that take part.
+    #[arg(long, value_name = "N", default_value_t = 5000)]
+    pub candidates: usize,
+    /// Detections at most.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub detections: usize,
+    /// Steps that are not counted, first.
+    #[arg(long, default_value_t = 5)]
+    pub warmup: usize,
+    /// Counted steps.
+    #[arg(long, default_value_t = 100, alias = "iters")]
+    pub steps: usize,
+    /// Print one JSON line.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `bench data`.

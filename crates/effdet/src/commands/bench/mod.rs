@@ -2,6 +2,7 @@
 
 mod data;
 mod distribution;
+mod postprocess;
 mod random_batch;
 mod scale;
 mod stages;
@@ -41,6 +42,7 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
     match command {
         BenchCommand::Train(options) => time("train", options).map(done),
         BenchCommand::Infer(options) => time("infer", options).map(done),
+        BenchCommand::Postprocess(options) => postprocess::run(options).map(done),
         BenchCommand::Data(options) => data::run(options).map(done),
         BenchCommand::Scale(options) => ranks::run(&options.ranks, |job| scale::run(options, job).map(done)),
     }
