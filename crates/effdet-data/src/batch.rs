@@ -1,6 +1,6 @@
 //! One sample and one batch of network inputs.
 
-use effdet_model::assign::Assigner;
+use effdet_model::assign::{AssignScratch, Assigner};
 use effdet_model::engine::{ImageBatch, Targets, TrainBatch};
 use effdet_model::label_map::LabelMap;
 use effdet_model::loss::normalizer;
@@ -11,7 +11,9 @@ use crate::augment::compose::Sample;
 use crate::dataset::Example;
 use crate::decode::{DecodeOptions, decode_rgb};
 use crate::error::{DataError, Result};
+use crate::jpeg::JpegDecoder;
 use crate::preprocess::{Placement, PreprocessConfig, place_image};
+use crate::resize::Placer;
 
 /// A batch of prepared images, with targets when it is meant for training.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -79,9 +81,6 @@ impl Batch {
     }
 
     fn clear(&mut self) {
-        self.images.clear();
-        self.class_targets.clear();
-        self.box_targets.clear();
         self.positives.clear();
         self.draw_keys.clear();
         self.image_ids.clear();
@@ -109,6 +108,19 @@ pub struct Preparation {
     pub seed: u64,
 }
 
+/// Memory for preparing samples, one after the other.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    encoded: Vec<u8>,
+    jpeg: JpegDecoder,
+    placer: Placer,
+    boxes_yxyx_norm: Vec<[f32; 4]>,
+    sample_classes: Vec<i32>,
+    boxes_yxyx_px: Vec<[f32; 4]>,
+    classes: Vec<i32>,
+    assign: AssignScratch,
+}
+
 /// A training sample as the network sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TrainingView {
@@ -130,11 +142,17 @@ pub struct SampleKey {
 }
 
 impl Preparation {
-    /// Empties `batch` and sets its image size; fill it with [`Self::append`].
-    pub fn start(&self, batch: &mut Batch) {
+    /// Empties `batch` and makes room for `images` of them, with targets where an `assigner` is given; fill it with
+    /// [`Self::append`].
+    pub fn start(&self, batch: &mut Batch, images: usize, assigner: Option<&Assigner>) {
         batch.clear();
         batch.height = self.preprocess.image_size.height;
         batch.width = self.preprocess.image_size.width;
+        // What was there is overwritten image by image.
+        batch.images.resize(images * batch.height * batch.width * 3, 0.0);
+        let anchors = assigner.map_or(0, Assigner::num_anchors);
+        batch.class_targets.resize(images * anchors, 0);
+        batch.box_targets.resize(images * anchors * 4, 0.0);
     }
 
     /// Appends the example of a key: augmented and with targets where an `assigner` is given, as evaluation places it otherwise.
@@ -142,6 +160,9 @@ impl Preparation {
     /// # Errors
     /// What reading and decoding report, naming the file; an image of another size than annotated; a category that the label map
     /// lacks.
+    ///
+    /// # Panics
+    /// When [`Self::start`] made no room for it.
     ///
     /// # Determinism
     /// A function of (seed, key, examples) alone.
@@ -151,44 +172,45 @@ impl Preparation {
         examples: &[Example],
         key: SampleKey,
         assigner: Option<&Assigner>,
+        scratch: &mut Scratch,
     ) -> Result<()> {
         let example = &examples[key.index as usize];
-        let clock = std::time::Instant::now();
-        let image = self.decode(example)?;
-        batch.decode_us += clock.elapsed().as_micros() as u64;
-
-        let clock = std::time::Instant::now();
-        let config = &self.preprocess;
-        let (sample, placement) = match assigner {
-            Some(_) => self.augment(examples, image, key)?,
-            None => {
-                let placement =
-                    Placement::evaluation(config, image.height() as usize, image.width() as usize);
-                let (boxes_yxyx_norm, classes) = (Vec::new(), Vec::new());
-                let sample = Sample {
-                    image,
-                    boxes_yxyx_norm,
-                    classes,
-                };
-                (sample, placement)
+        let at = batch.len();
+        let size = batch.height * batch.width * 3;
+        let placement = match assigner {
+            Some(_) if self.augment.is_on(key.pass) => {
+                let clock = std::time::Instant::now();
+                let image = self.decode(example)?;
+                batch.decode_us += clock.elapsed().as_micros() as u64;
+                let clock = std::time::Instant::now();
+                let (sample, placement) = self.augment(examples, image, key)?;
+                let out = &mut batch.images[at * size..][..size];
+                place_image(&self.preprocess, &sample.image, &placement, out);
+                (scratch.boxes_yxyx_norm, scratch.sample_classes) = (sample.boxes_yxyx_norm, sample.classes);
+                batch.prepare_us += clock.elapsed().as_micros() as u64;
+                placement
             }
+            _ => self.place(batch, example, assigner.map(|_| key), scratch)?,
         };
-        let at = batch.images.len();
-        batch.images.resize(at + batch.height * batch.width * 3, 0.0);
-        place_image(config, &sample.image, &placement, &mut batch.images[at..]);
-        batch.prepare_us += clock.elapsed().as_micros() as u64;
 
         if let Some(assigner) = assigner {
             let clock = std::time::Instant::now();
-            let (boxes, classes) = placed(config, &sample, &placement);
-            let (class_at, box_at) = (batch.class_targets.len(), batch.box_targets.len());
-            batch.class_targets.resize(class_at + assigner.num_anchors(), 0);
-            batch.box_targets.resize(box_at + assigner.num_anchors() * 4, 0.0);
-            let positives = assigner.assign(
-                &boxes,
-                &classes,
-                &mut batch.class_targets[class_at..],
-                &mut batch.box_targets[box_at..],
+            let config = &self.preprocess;
+            scratch.boxes_yxyx_px.clear();
+            scratch.classes.clear();
+            for (&corners, &class) in scratch.boxes_yxyx_norm.iter().zip(&scratch.sample_classes) {
+                if let Some(placed) = placement.place_box(config, corners) {
+                    scratch.boxes_yxyx_px.push(placed);
+                    scratch.classes.push(class);
+                }
+            }
+            let anchors = assigner.num_anchors();
+            let positives = assigner.assign_with(
+                &mut scratch.assign,
+                &scratch.boxes_yxyx_px,
+                &scratch.classes,
+                &mut batch.class_targets[at * anchors..][..anchors],
+                &mut batch.box_targets[at * anchors * 4..][..anchors * 4],
             );
             batch.positives.push(positives);
             batch.assign_us += clock.elapsed().as_micros() as u64;
@@ -198,6 +220,66 @@ impl Preparation {
         batch.image_ids.push(example.image_id);
         batch.image_scales.push(1.0 / placement.scale);
         Ok(())
+    }
+
+    /// Decodes and places an example whose pixels nothing else changes: as a training sample of a key, or for evaluation.
+    ///
+    /// The placement is known before the image is decoded, so that only what it shows need be.
+    fn place(
+        &self,
+        batch: &mut Batch,
+        example: &Example,
+        key: Option<SampleKey>,
+        scratch: &mut Scratch,
+    ) -> Result<Placement> {
+        let config = &self.preprocess;
+        let at = batch.len() * batch.height * batch.width * 3;
+        let out = &mut batch.images[at..][..batch.height * batch.width * 3];
+        let placement = |(width, height): (usize, usize)| match key {
+            Some(key) => Placement::draw(config, height, width, self.seed, key.pass, key.index),
+            None => Placement::evaluation(config, height, width),
+        };
+        let clock = std::time::Instant::now();
+        example
+            .source
+            .read_into(self.max_encoded_bytes, &mut scratch.encoded)?;
+        let opened = match self.decode.apply_orientation {
+            true => None,
+            false => scratch.jpeg.open(&scratch.encoded),
+        };
+        let fits = |&(width, height): &(usize, usize)| (width * height) as u64 <= self.decode.max_pixels;
+        let decoded = opened.filter(fits).and_then(|size| {
+            let placement = placement(size);
+            let region = scratch.placer.plan(config, size, &placement);
+            scratch.jpeg.decode(&scratch.encoded, region)?;
+            Some((size, placement))
+        });
+        let (size, placement) = match decoded {
+            Some((size, placement)) => {
+                self.check_size(example, (size.0 as u32, size.1 as u32))?;
+                batch.decode_us += clock.elapsed().as_micros() as u64;
+                let clock = std::time::Instant::now();
+                scratch.placer.place(config, &mut scratch.jpeg, out);
+                batch.prepare_us += clock.elapsed().as_micros() as u64;
+                (size, placement)
+            }
+            None => {
+                let image = self.decode_bytes(example, &scratch.encoded)?;
+                batch.decode_us += clock.elapsed().as_micros() as u64;
+                let clock = std::time::Instant::now();
+                let size = (image.width() as usize, image.height() as usize);
+                let placement = placement(size);
+                scratch.placer.plan(config, size, &placement);
+                scratch.placer.place(config, &mut &image, out);
+                batch.prepare_us += clock.elapsed().as_micros() as u64;
+                (size, placement)
+            }
+        };
+        if key.is_some() {
+            let (boxes, classes) = (&mut scratch.boxes_yxyx_norm, &mut scratch.sample_classes);
+            self.objects(example, size, boxes, classes)?;
+        }
+        Ok(placement)
     }
 
     /// What the network sees of a training sample.
@@ -237,27 +319,53 @@ impl Preparation {
 
     /// The image of an example, of the size that it is annotated with.
     fn decode(&self, example: &Example) -> Result<RgbImage> {
-        let bytes = example.source.read_bytes(self.max_encoded_bytes)?;
-        let image = decode_rgb(&bytes, &self.decode).map_err(|reason| DataError::Image {
+        self.decode_bytes(example, &example.source.read_bytes(self.max_encoded_bytes)?)
+    }
+
+    fn decode_bytes(&self, example: &Example, bytes: &[u8]) -> Result<RgbImage> {
+        let image = decode_rgb(bytes, &self.decode).map_err(|reason| DataError::Image {
             file: example.file_name.clone(),
             reason,
         })?;
+        self.check_size(example, image.dimensions())?;
+        Ok(image)
+    }
+
+    fn check_size(&self, example: &Example, decoded: (u32, u32)) -> Result<()> {
         let differs = |annotated: u32, decoded: u32| annotated != 0 && annotated != decoded;
-        if differs(example.width, image.width()) || differs(example.height, image.height()) {
+        if differs(example.width, decoded.0) || differs(example.height, decoded.1) {
             return Err(DataError::SizeMismatch {
                 file: example.file_name.clone(),
-                decoded: image.dimensions(),
+                decoded,
                 annotated: (example.width, example.height),
             });
         }
-        Ok(image)
+        Ok(())
     }
 
     /// An image with the objects that are trained on.
     fn sample(&self, example: &Example, image: RgbImage) -> Result<Sample> {
-        let (height, width) = (f64::from(image.height()), f64::from(image.width()));
-        let mut boxes_yxyx_norm = Vec::with_capacity(example.objects.len());
-        let mut classes = Vec::with_capacity(example.objects.len());
+        let size = (image.width() as usize, image.height() as usize);
+        let (mut boxes_yxyx_norm, mut classes) = (Vec::new(), Vec::new());
+        self.objects(example, size, &mut boxes_yxyx_norm, &mut classes)?;
+        Ok(Sample {
+            image,
+            boxes_yxyx_norm,
+            classes,
+        })
+    }
+
+    /// The objects that are trained on, in place of what the lists hold.
+    fn objects(
+        &self,
+        example: &Example,
+        (width, height): (usize, usize),
+        boxes_yxyx_norm: &mut Vec<[f32; 4]>,
+        classes: &mut Vec<i32>,
+    ) -> Result<()> {
+        let (height, width) = (height as f64, width as f64);
+        boxes_yxyx_norm.clear();
+        classes.clear();
         for (record, object) in example.objects.iter().enumerate() {
             if object.is_crowd && self.skip_crowd {
                 continue;
@@ -280,11 +388,7 @@ impl Preparation {
             ]);
             classes.push(class.0 as i32);
         }
-        Ok(Sample {
-            image,
-            boxes_yxyx_norm,
-            classes,
-        })
+        Ok(())
     }
 }
 

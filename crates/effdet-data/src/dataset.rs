@@ -49,23 +49,36 @@ impl ImageSource {
     /// # Errors
     /// [`DataError::Io`]; [`DataError::TooLarge`] before anything is allocated.
     pub fn read_bytes(&self, max_bytes: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.read_into(max_bytes, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads the encoded image in place of what `bytes` hold.
+    ///
+    /// # Errors
+    /// Those of [`Self::read_bytes`].
+    pub fn read_into(&self, max_bytes: u64, bytes: &mut Vec<u8>) -> Result<()> {
+        bytes.clear();
         match self {
-            Self::File(file) => read_file(file, max_bytes),
+            Self::File(file) => read_file_into(file, max_bytes, bytes),
             Self::Record { shard, offset, len } => {
                 refuse_large(shard, *len, max_bytes)?;
-                let read = || -> io::Result<Vec<u8>> {
+                let mut read = || -> io::Result<()> {
                     let mut file = File::open(shard)?;
                     file.seek(SeekFrom::Start(*offset))?;
-                    let mut bytes = vec![0; *len as usize];
-                    file.read_exact(&mut bytes)?;
-                    Ok(bytes)
+                    bytes.resize(*len as usize, 0);
+                    file.read_exact(bytes)
                 };
                 read().map_err(|source| DataError::Io {
                     file: shard.to_path_buf(),
                     source,
                 })
             }
-            Self::Memory(bytes) => Ok(bytes.to_vec()),
+            Self::Memory(held) => {
+                bytes.extend_from_slice(held);
+                Ok(())
+            }
         }
     }
 }
@@ -95,13 +108,19 @@ pub(crate) fn open_file(file: &Path, max_bytes: u64) -> Result<io::Take<File>> {
 /// # Errors
 /// Those of [`open_file`], before anything is allocated.
 pub(crate) fn read_file(file: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    read_file_into(file, max_bytes, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn read_file_into(file: &Path, max_bytes: u64, bytes: &mut Vec<u8>) -> Result<()> {
     let mut input = open_file(file, max_bytes)?;
-    let mut bytes = Vec::with_capacity(input.limit() as usize);
-    input.read_to_end(&mut bytes).map_err(|source| DataError::Io {
+    bytes.reserve_exact(input.limit() as usize);
+    input.read_to_end(bytes).map_err(|source| DataError::Io {
         file: file.to_path_buf(),
         source,
     })?;
-    Ok(bytes)
+    Ok(())
 }
 
 fn refuse_large(file: &Path, bytes: u64, limit: u64) -> Result<()> {

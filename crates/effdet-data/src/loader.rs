@@ -15,7 +15,7 @@ use std::time::Instant;
 use effdet_model::assign::Assigner;
 use effdet_model::rng::{Draws, Purpose};
 
-use crate::batch::{Batch, Preparation, SampleKey};
+use crate::batch::{Batch, Preparation, SampleKey, Scratch};
 use crate::dataset::DetectionDataset;
 use crate::error::{DataError, Result};
 
@@ -74,6 +74,8 @@ pub struct LoaderConfig {
 pub struct Loader {
     work: Arc<Work>,
     threads: Vec<JoinHandle<()>>,
+    /// Used when there are no threads.
+    scratch: Scratch,
     /// Number of the next batch to deliver.
     next: u64,
     wait_us: u64,
@@ -143,6 +145,7 @@ impl Loader {
         Ok(Self {
             work,
             threads,
+            scratch: Scratch::default(),
             next: 0,
             wait_us: 0,
             failed: false,
@@ -162,7 +165,7 @@ impl Loader {
         self.next += 1;
         let batch = if self.threads.is_empty() {
             let spare = self.work.lock().spare.pop().unwrap_or_default();
-            self.work.prepare(number, spare)
+            self.work.prepare(number, spare, &mut self.scratch)
         } else {
             let mut queue = self.work.lock();
             let batch = loop {
@@ -234,6 +237,7 @@ impl Work {
     }
 
     fn run(&self) {
+        let mut scratch = Scratch::default();
         loop {
             let (number, spare) = {
                 let mut queue = self.lock();
@@ -251,8 +255,9 @@ impl Work {
                 (queue.claimed - 1, queue.spare.pop().unwrap_or_default())
             };
             // A panic would leave the consumer waiting for ever.
-            let prepared =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.prepare(number, spare)));
+            let prepared = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                self.prepare(number, spare, &mut scratch)
+            }));
             let batch = prepared.unwrap_or(Err(DataError::Internal {
                 what: "a loader thread panicked",
             }));
@@ -262,8 +267,7 @@ impl Work {
     }
 
     /// Prepares batch `number`.
-    fn prepare(&self, number: u64, mut batch: Batch) -> Result<Batch> {
-        self.preparation.start(&mut batch);
+    fn prepare(&self, number: u64, mut batch: Batch, scratch: &mut Scratch) -> Result<Batch> {
         let size = self.config.batch_size as u64;
         let count = self.dataset.examples.len() as u64;
         let (positions, end) = match self.config.mode {
@@ -279,11 +283,14 @@ impl Work {
                 (start..end, end)
             }
         };
+        let assigner = self.assigner.as_ref();
+        let images = (positions.end - positions.start) as usize;
+        self.preparation.start(&mut batch, images, assigner);
         for position in positions {
             let key = self.key(position);
             let examples = &self.dataset.examples;
             self.preparation
-                .append(&mut batch, examples, key, self.assigner.as_ref())?;
+                .append(&mut batch, examples, key, assigner, scratch)?;
         }
         batch.end_position = end;
         Ok(batch)

@@ -8,6 +8,8 @@ use effdet_model::rng::{Draws, Purpose};
 use half::f16;
 use image::RgbImage;
 
+use crate::resize::Placer;
+
 /// Number format that pixels are normalised and resized in; they are delivered as float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PixelPrecision {
@@ -34,9 +36,9 @@ pub struct PreprocessConfig {
     /// Flip with probability one half.
     pub random_flip: bool,
     /// Number format of the pixels.
-    precision: PixelPrecision,
+    pub(crate) precision: PixelPrecision,
     /// Normalised value of every byte, per colour.
-    lut: [[f32; 256]; 3],
+    pub(crate) lut: [[f32; 256]; 3],
 }
 
 impl PreprocessConfig {
@@ -61,7 +63,7 @@ impl PreprocessConfig {
 }
 
 /// The nearest float16, ties to even.
-fn round_to_f16(value: f32) -> f32 {
+pub(crate) fn round_to_f16(value: f32) -> f32 {
     f16::from_f32(value).to_f32()
 }
 
@@ -181,36 +183,7 @@ impl Placement {
     }
 }
 
-/// Indices and weight of the two source samples of one output sample.
-#[derive(Debug, Clone, Copy)]
-struct Tap {
-    low: usize,
-    high: usize,
-    weight: f32,
-}
-
-/// Taps of output samples `first..first + count` when `input` samples are resized to `output`.
-fn taps(rule: ResizeRule, input: usize, output: usize, first: usize, count: usize) -> Vec<Tap> {
-    let scale = input as f32 / output as f32;
-    (first..first + count)
-        .map(|i| {
-            let source = match rule {
-                ResizeRule::Legacy => i as f32 * scale,
-                ResizeRule::HalfPixel => (i as f32 + 0.5) * scale - 0.5,
-            };
-            let floor = source.floor();
-            Tap {
-                low: (floor.max(0.0) as usize).min(input - 1),
-                high: (source.ceil().max(0.0) as usize).min(input - 1),
-                weight: source - floor,
-            }
-        })
-        .collect()
-}
-
-/// Normalises, flips, resizes, crops and pads in one pass over the output.
-///
-/// Bilinear without antialiasing, horizontal interpolation first; the rest of the output is 0.
+/// Normalises, flips, resizes, crops and pads a whole image; see [`Placer`].
 ///
 /// # Shapes
 /// `out`: `[height, width, 3]` of `config.image_size`, overwritten.
@@ -218,70 +191,13 @@ fn taps(rule: ResizeRule, input: usize, output: usize, first: usize, count: usiz
 /// # Panics
 /// When `out` has another size or the image is empty.
 pub fn place_image(config: &PreprocessConfig, image: &RgbImage, placement: &Placement, out: &mut [f32]) {
-    let ImageSize { height, width } = config.image_size;
-    assert_eq!(out.len(), height * width * 3, "one network input");
-    let (image_width, image_height) = (image.width() as usize, image.height() as usize);
-    assert!(image_width > 0 && image_height > 0, "an image has pixels");
-    let rows = height.min(placement.scaled_height - placement.offset_y);
-    let columns = width.min(placement.scaled_width - placement.offset_x);
-    let row_taps = taps(
-        config.resize_rule,
-        image_height,
-        placement.scaled_height,
-        placement.offset_y,
-        rows,
+    let mut placer = Placer::default();
+    placer.plan(
+        config,
+        (image.width() as usize, image.height() as usize),
+        placement,
     );
-    let mut column_taps = taps(
-        config.resize_rule,
-        image_width,
-        placement.scaled_width,
-        placement.offset_x,
-        columns,
-    );
-    for tap in &mut column_taps {
-        if placement.flip {
-            (tap.low, tap.high) = (image_width - 1 - tap.low, image_width - 1 - tap.high);
-        }
-        (tap.low, tap.high) = (3 * tap.low, 3 * tap.high);
-    }
-
-    let pixels = image.as_raw();
-    // The two source rows at hand, already interpolated horizontally; consecutive output rows mostly share them.
-    let mut lines = [vec![0.0f32; columns * 3], vec![0.0f32; columns * 3]];
-    let mut held = [usize::MAX; 2];
-    for (row, tap) in row_taps.iter().enumerate() {
-        if held[0] != tap.low && held[1] == tap.low {
-            lines.swap(0, 1);
-            held.swap(0, 1);
-        }
-        for (slot, source) in [tap.low, tap.high].into_iter().enumerate() {
-            if held[slot] != source {
-                let bytes = &pixels[source * image_width * 3..][..image_width * 3];
-                interpolate_line(&config.lut, bytes, &column_taps, &mut lines[slot]);
-                held[slot] = source;
-            }
-        }
-        let target = &mut out[row * width * 3..][..width * 3];
-        let (inside, padding) = target.split_at_mut(columns * 3);
-        for ((value, &top), &bottom) in inside.iter_mut().zip(&lines[0]).zip(&lines[1]) {
-            *value = top + (bottom - top) * tap.weight;
-        }
-        if config.precision == PixelPrecision::Float16 {
-            inside.iter_mut().for_each(|value| *value = round_to_f16(*value));
-        }
-        padding.fill(0.0);
-    }
-    out[rows * width * 3..].fill(0.0);
-}
-
-fn interpolate_line(lut: &[[f32; 256]; 3], bytes: &[u8], taps: &[Tap], line: &mut [f32]) {
-    for (target, tap) in line.as_chunks_mut::<3>().0.iter_mut().zip(taps) {
-        for channel in 0..3 {
-            let left = lut[channel][usize::from(bytes[tap.low + channel])];
-            let right = lut[channel][usize::from(bytes[tap.high + channel])];
-            target[channel] = left + (right - left) * tap.weight;
-        }
-    }
+    placer.place(config, &mut &*image, out);
 }
 
 /// The plain version of [`place_image`]: every step of the reference on whole images.
@@ -303,10 +219,10 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
         PixelPrecision::Float16 => f16::from_f32(value).to_f32(),
     };
     let (sh, sw) = (placement.scaled_height, placement.scaled_width);
-    let (ys, xs) = (
-        taps(config.resize_rule, h, sh, 0, sh),
-        taps(config.resize_rule, w, sw, 0, sw),
-    );
+    let taps = |input, output| -> Vec<crate::resize::Tap> {
+        crate::resize::taps(config.resize_rule, input, output, 0, output).collect()
+    };
+    let (ys, xs) = (taps(h, sh), taps(w, sw));
     let mut resized = vec![0.0f32; sh * sw * 3];
     for (y, ty) in ys.iter().enumerate() {
         for (x, tx) in xs.iter().enumerate() {
@@ -334,6 +250,7 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::resize::{Tap, taps};
     use image::Rgb;
     use proptest::prelude::*;
     use serde_json::Value;
@@ -500,8 +417,8 @@ mod tests {
     #[test]
     fn four_samples_resized_to_six_follow_their_rule() {
         let resize = |rule| -> Vec<f32> {
-            let at = |tap: &Tap| tap.low as f32 + (tap.high as f32 - tap.low as f32) * tap.weight;
-            taps(rule, 4, 6, 0, 6).iter().map(at).collect()
+            let at = |tap: Tap| tap.low as f32 + (tap.high as f32 - tap.low as f32) * tap.weight;
+            taps(rule, 4, 6, 0, 6).map(at).collect()
         };
         for (rule, expected) in [
             (ResizeRule::Legacy, [0.0, 0.667, 1.333, 2.0, 2.667, 3.0]),

@@ -30,6 +30,16 @@ pub struct Assigner {
     per_cell: usize,
 }
 
+/// Memory of [`Assigner::assign_with`] that serves one image after the other.
+#[derive(Debug, Clone, Default)]
+pub struct AssignScratch {
+    /// Largest overlap of each anchor so far.
+    best: Vec<f32>,
+    /// Overlaps of one object with a row of cells.
+    overlaps: Vec<f32>,
+    favourites: Vec<usize>,
+}
+
 /// Anchor boxes by coordinate, so that the overlaps of a row of cells vectorise.
 #[derive(Debug, Clone)]
 struct Columns {
@@ -107,6 +117,22 @@ impl Assigner {
         class_targets: &mut [i32],
         box_targets: &mut [f32],
     ) -> usize {
+        let mut scratch = AssignScratch::default();
+        self.assign_with(&mut scratch, boxes_yxyx_px, classes, class_targets, box_targets)
+    }
+
+    /// [`Self::assign`] in memory that is kept between images.
+    ///
+    /// # Panics
+    /// As [`Self::assign`].
+    pub fn assign_with(
+        &self,
+        scratch: &mut AssignScratch,
+        boxes_yxyx_px: &[[f32; 4]],
+        classes: &[i32],
+        class_targets: &mut [i32],
+        box_targets: &mut [f32],
+    ) -> usize {
         check_lengths(
             self.num_anchors(),
             boxes_yxyx_px,
@@ -117,27 +143,38 @@ impl Assigner {
         // Until the end `class_targets` holds the row of the matched object.
         let matches = &mut *class_targets;
         matches.fill(BACKGROUND);
-        let mut best = vec![0.0_f32; self.num_anchors()];
-        let favourites: Vec<usize> = boxes_yxyx_px
-            .iter()
-            .enumerate()
-            .map(|(row, &object)| self.match_object(row, object, &mut best, matches))
-            .collect();
-        for (matched, &overlap) in matches.iter_mut().zip(&best) {
+        let AssignScratch {
+            best,
+            overlaps,
+            favourites,
+        } = scratch;
+        best.clear();
+        best.resize(self.num_anchors(), 0.0);
+        favourites.clear();
+        for (row, &object) in boxes_yxyx_px.iter().enumerate() {
+            favourites.push(self.match_object(row, object, best, matches, overlaps));
+        }
+        for (matched, &overlap) in matches.iter_mut().zip(&*best) {
             if overlap < MATCH_IOU {
                 *matched = BACKGROUND;
             }
         }
-        force_matches(&favourites, matches);
+        force_matches(favourites, matches);
         self.write_targets(boxes_yxyx_px, classes, class_targets, box_targets)
     }
 
     /// Lets one object compete for the anchors it overlaps; returns the anchor that overlaps it most.
-    fn match_object(&self, row: usize, object: [f32; 4], best: &mut [f32], matches: &mut [i32]) -> usize {
+    fn match_object(
+        &self,
+        row: usize,
+        object: [f32; 4],
+        best: &mut [f32],
+        matches: &mut [i32],
+        overlaps: &mut Vec<f32>,
+    ) -> usize {
         let row = row_code(row);
         let area = boxes::area(object);
         let (mut favourite, mut favourite_overlap) = (0, 0.0);
-        let mut overlaps = Vec::new();
         for level in &self.levels {
             let columns = level.columns_in_reach(object);
             for grid_row in level.rows_in_reach(object) {
@@ -145,11 +182,11 @@ impl Assigner {
                 let first = level.grid.range.start + (cells + columns.start) * self.per_cell;
                 let range = first..first + columns.len() * self.per_cell;
                 overlaps.resize(range.len(), 0.0);
-                self.anchors.overlaps(range.clone(), object, area, &mut overlaps);
+                self.anchors.overlaps(range.clone(), object, area, overlaps);
                 for ((best, matched), &overlap) in best[range.clone()]
                     .iter_mut()
                     .zip(&mut matches[range])
-                    .zip(&overlaps)
+                    .zip(&*overlaps)
                 {
                     let better = overlap > *best;
                     *best = if better { overlap } else { *best };

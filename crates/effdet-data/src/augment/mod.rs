@@ -51,6 +51,13 @@ impl AugmentConfig {
         }
     }
 
+    /// Whether samples of a pass may differ from their examples.
+    pub fn is_on(&self, pass: u64) -> bool {
+        let open = self.mosaic_until_pass.is_none_or(|end| pass < end);
+        let mixes = open && (self.mosaic > 0.0 || self.mixup > 0.0);
+        mixes || self.grid_mask || self.policy.is_some() || self.hsv != [0.0; 3]
+    }
+
     /// Makes the sample of a key from that of its example; `load` gives the plain sample of another one of `count` examples.
     ///
     /// Mosaic, mixup, GridMask, AutoAugment, hsv, in this order.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use effdet_data::batch::{Batch, SampleKey};
+use effdet_data::batch::{Batch, SampleKey, Scratch};
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::assign::Assigner;
 use effdet_train::eval::preparation;
@@ -30,15 +30,16 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
 
     let load = ForeignLoad::start();
     let mut batch = Batch::default();
+    let mut scratch = Scratch::default();
     let mut pass_s = Vec::new();
     let mut spent_us = [0u64; 3];
     // The first pass fills the page cache and does not count.
     for pass in 0..=options.passes {
         let clock = Instant::now();
         for index in 0..images as u64 {
-            preparation.start(&mut batch);
+            preparation.start(&mut batch, 1, Some(&assigner));
             let key = SampleKey { pass, index };
-            preparation.append(&mut batch, &dataset.examples, key, Some(&assigner))?;
+            preparation.append(&mut batch, &dataset.examples, key, Some(&assigner), &mut scratch)?;
             if pass > 0 {
                 let parts = [batch.decode_us, batch.prepare_us, batch.assign_us];
                 spent_us
