@@ -1,12 +1,27 @@
 //! AArch64 Advanced SIMD.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 use super::{SQRT_HALF_BITS, Simd};
 
 /// 4 lanes: AArch64 Advanced SIMD.
 #[derive(Debug, Clone, Copy)]
 pub struct Neon;
+
+/// Bits whose upper halves are those of bfloat16, rounded to nearest, ties to even.
+#[inline(always)]
+unsafe fn rounded(v: float32x4_t) -> uint32x4_t {
+    // SAFETY: the instruction set is part of every AArch64 target with `std`.
+    unsafe {
+        let bits = vreinterpretq_u32_f32(v);
+        let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
+        let rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+        // The carry of a NaN would make it infinite.
+        let quiet = vorrq_u32(bits, vdupq_n_u32(0x40_0000));
+        vbslq_u32(vceqq_f32(v, v), rounded, quiet)
+    }
+}
 
 /// Writes the methods that are one intrinsic each; the instruction set is part of every AArch64 target with `std`.
 macro_rules! direct {
@@ -76,6 +91,64 @@ impl Simd for Neon {
     unsafe fn stream(target: *mut f32, v: Self::V) {
         // SAFETY: as for `store`; there is no non-temporal store intrinsic here.
         unsafe { vst1q_f32(target, v) }
+    }
+    // The conversions of binary16 are part of every AArch64; their intrinsics are younger than the oldest compiler supported.
+    #[inline(always)]
+    unsafe fn load_f16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 4 readable halves; the instruction touches its two registers only.
+        unsafe {
+            let halves = vld1_u16(source);
+            let v: float32x4_t;
+            asm!(
+                "fcvtl {v:v}.4s, {halves:v}.4h",
+                v = lateout(vreg) v,
+                halves = in(vreg) halves,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            v
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 4 writable halves; the instruction touches its two registers only.
+        unsafe {
+            let halves: uint16x4_t;
+            asm!(
+                "fcvtn {halves:v}.4h, {v:v}.4s",
+                halves = lateout(vreg) halves,
+                v = in(vreg) v,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+            vst1_u16(target, halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(source: *const u16) -> Self::V {
+        // SAFETY: the caller promises 4 readable halves.
+        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vld1_u16(source)))) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 4 writable halves.
+        unsafe { vst1_u16(target, vshrn_n_u32::<16>(rounded(v))) }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: available by the caller's promise.
+        unsafe { vreinterpretq_f32_u32(vsriq_n_u32::<16>(rounded(high), rounded(low))) }
+    }
+    #[inline(always)]
+    unsafe fn pair_low(pairs: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(pairs))) }
+    }
+    #[inline(always)]
+    unsafe fn pair_high(pairs: Self::V) -> Self::V {
+        // SAFETY: as above.
+        unsafe {
+            let bits = vandq_u32(vreinterpretq_u32_f32(pairs), vdupq_n_u32(0xffff_0000));
+            vreinterpretq_f32_u32(bits)
+        }
     }
     #[inline(always)]
     unsafe fn prefetch(_address: *const f32) {}
