@@ -8,6 +8,7 @@ pub mod guard;
 pub mod loss_scale;
 pub mod modes;
 pub mod optimizer;
+mod parallel;
 mod ranks;
 pub mod requests;
 pub mod schedule;

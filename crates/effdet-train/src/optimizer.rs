@@ -1,12 +1,18 @@
 //! One update: L2, clipping, SGD or Adam, moving averages, over flat buffers.
 //!
 //! # Determinism
-//! Every norm is summed in f64, variable by variable, in lanes that depend on the index alone; nothing depends on threads.
+//! Every norm is summed in f64, variable by variable, in lanes that depend on the index alone; threads take whole variables or
+//! single values, so nothing depends on their number.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use effdet_model::hparams::{HParams, OptimizerKind};
 use effdet_model::network::{VariableKind, VariableTable};
 use effdet_model::weights::Weights;
 use regex::Regex;
+
+use crate::parallel::{self, split_mut};
 
 /// A pattern of frozen variables that is no regular expression.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +27,7 @@ pub struct FreezePatternError {
 /// A trainable variable as the optimiser sees it.
 #[derive(Debug, Clone, PartialEq)]
 struct Slot {
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     regularized: bool,
 }
 
@@ -45,6 +51,7 @@ pub struct Optimizer {
     clip_norm: f64,
     ema_decay: f64,
     variables: Vec<Slot>,
+    threads: NonZeroUsize,
     /// Momentum of SGD, first moment of Adam.
     first: Vec<f32>,
     /// Second moment of Adam.
@@ -88,9 +95,34 @@ impl Optimizer {
             clip_norm: hparams.clip_gradients_norm,
             ema_decay: hparams.moving_average_decay,
             variables,
+            threads: NonZeroUsize::MIN,
             first: vec![0.0; table.trainable_len()],
             second: vec![0.0; if adam { table.trainable_len() } else { 0 }],
         })
+    }
+
+    /// Shares the work of updates among `threads` threads where there is enough of it; 0 counts as 1.
+    pub fn use_threads(&mut self, threads: usize) {
+        self.threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
+    }
+
+    /// Variables in groups of about as many values, one per thread, with the values that each group spans.
+    fn groups(&self) -> Vec<(Range<usize>, &[Slot])> {
+        let total: usize = self.variables.iter().map(|slot| slot.range.len()).sum();
+        let share = total
+            .div_ceil(parallel::useful_threads(total, self.threads))
+            .max(1);
+        let mut groups = Vec::new();
+        let (mut first, mut values) = (0, 0);
+        for (index, slot) in self.variables.iter().enumerate() {
+            values += slot.range.len();
+            if values >= share || index + 1 == self.variables.len() {
+                let group = &self.variables[first..=index];
+                groups.push((group[0].range.start..slot.range.end, group));
+                (first, values) = (index + 1, 0);
+            }
+        }
+        groups
     }
 
     /// Number of variables that are trained.
@@ -118,29 +150,33 @@ impl Optimizer {
     ///
     /// Per variable `g ← g·c/max(‖g‖, c)`, then the same with the norm over all variables.
     pub fn prepare(&self, weights: &Weights, gradients: &mut [f32]) -> UpdateReport {
-        let mut l2_sum = 0.0;
-        let (mut raw, mut clipped) = (0.0, 0.0);
-        for slot in &self.variables {
-            let values = &weights.trainable[slot.range.clone()];
-            let gradient = &mut gradients[slot.range.clone()];
-            if slot.regularized {
-                for (g, &w) in gradient.iter_mut().zip(values) {
-                    *g += self.weight_decay * w;
-                }
-                l2_sum += sum_of_squares(values);
-            }
-            let square = sum_of_squares(gradient);
-            raw += square;
-            clipped += match self.clip_norm > 0.0 {
-                true => scale_to(gradient, square.sqrt(), self.clip_norm),
-                false => square,
-            };
+        let groups = self.groups();
+        let parts = split_mut(gradients, groups.iter().map(|(span, _)| span.clone()));
+        let jobs = groups.iter().zip(parts).collect();
+        let sums = parallel::map(jobs, |((span, group), part)| {
+            let sums = group
+                .iter()
+                .map(|slot| self.clip(slot, weights, part, span.start));
+            sums.collect::<Vec<_>>()
+        });
+        let (mut l2_sum, mut raw, mut clipped) = (0.0, 0.0, 0.0);
+        for of_variable in sums.iter().flatten() {
+            l2_sum += of_variable.l2;
+            raw += of_variable.raw;
+            clipped += of_variable.clipped;
         }
         let mut norm = f64::sqrt(clipped);
         if self.clip_norm > 0.0 && norm > self.clip_norm {
-            for slot in &self.variables {
-                scale_to(&mut gradients[slot.range.clone()], norm, self.clip_norm);
-            }
+            let factor = (self.clip_norm / norm) as f32;
+            let parts = split_mut(gradients, groups.iter().map(|(span, _)| span.clone()));
+            let jobs = groups.iter().zip(parts).collect();
+            parallel::map(jobs, |((span, group), part)| {
+                for slot in *group {
+                    part[within(&slot.range, span.start)]
+                        .iter_mut()
+                        .for_each(|g| *g *= factor);
+                }
+            });
             norm = self.clip_norm;
         }
         UpdateReport {
@@ -154,31 +190,50 @@ impl Optimizer {
     ///
     /// SGD: `a ← m·a − lr·g; w ← w + a`. Adam: Keras' defaults, β₁ = momentum.
     pub fn apply(&mut self, weights: &mut Weights, gradients: &[f32], learning_rate: f32, step: u64) {
-        for slot in &self.variables {
-            let values = &mut weights.trainable[slot.range.clone()];
-            let gradient = &gradients[slot.range.clone()];
-            let first = &mut self.first[slot.range.clone()];
-            match self.kind {
-                OptimizerKind::Sgd => {
-                    for ((w, &g), a) in values.iter_mut().zip(gradient).zip(first) {
-                        *a = self.momentum * *a - learning_rate * g;
-                        *w += *a;
+        let spans: Vec<_> = self.groups().into_iter().map(|(span, _)| span).collect();
+        let (kind, momentum) = (self.kind, self.momentum);
+        let seconds = match kind {
+            OptimizerKind::Sgd => spans.iter().map(|_| &mut [][..]).collect(),
+            OptimizerKind::Adam => split_mut(&mut self.second, spans.iter().cloned()),
+        };
+        let firsts = split_mut(&mut self.first, spans.iter().cloned());
+        let values = split_mut(&mut weights.trainable, spans.iter().cloned());
+        // Of the variables of each group, frozen ones between them left out.
+        let mut variables = &self.variables[..];
+        let mut jobs = Vec::new();
+        for (((span, values), first), second) in spans.iter().zip(values).zip(firsts).zip(seconds) {
+            let (group, rest) =
+                variables.split_at(variables.partition_point(|slot| slot.range.end <= span.end));
+            variables = rest;
+            jobs.push((span.start, group, values, first, second));
+        }
+        let t = (step + 1) as f64;
+        let correct = |beta: f32| 1.0 - f64::from(beta).powf(t);
+        let rate = (f64::from(learning_rate) * correct(ADAM_BETA_2).sqrt() / correct(momentum)) as f32;
+        parallel::map(jobs, |(start, group, values, first, second)| {
+            for slot in group {
+                let at = within(&slot.range, start);
+                let values = &mut values[at.clone()];
+                let gradient = &gradients[slot.range.clone()];
+                let first = &mut first[at.clone()];
+                match kind {
+                    OptimizerKind::Sgd => {
+                        for ((w, &g), a) in values.iter_mut().zip(gradient).zip(first) {
+                            *a = momentum * *a - learning_rate * g;
+                            *w += *a;
+                        }
                     }
-                }
-                OptimizerKind::Adam => {
-                    let t = (step + 1) as f64;
-                    let correct = |beta: f32| 1.0 - f64::from(beta).powf(t);
-                    let rate = (f64::from(learning_rate) * correct(ADAM_BETA_2).sqrt()
-                        / correct(self.momentum)) as f32;
-                    let second = &mut self.second[slot.range.clone()];
-                    for (((w, &g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
-                        *m += (1.0 - self.momentum) * (g - *m);
-                        *v += (1.0 - ADAM_BETA_2) * (g * g - *v);
-                        *w -= rate * *m / (v.sqrt() + ADAM_EPSILON);
+                    OptimizerKind::Adam => {
+                        let second = &mut second[at];
+                        for (((w, &g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
+                            *m += (1.0 - momentum) * (g - *m);
+                            *v += (1.0 - ADAM_BETA_2) * (g * g - *v);
+                            *w -= rate * *m / (v.sqrt() + ADAM_EPSILON);
+                        }
                     }
                 }
             }
-        }
+        });
     }
 
     /// Moves the averages of all variables, batch-norm statistics included; `step` counts the updates made, this one included.
@@ -191,11 +246,51 @@ impl Optimizer {
             (&mut average.trainable, &weights.trainable),
             (&mut average.statistics, &weights.statistics),
         ] {
-            for (a, &w) in averages.iter_mut().zip(values) {
-                *a -= rate * (*a - w);
-            }
+            let part = values
+                .len()
+                .div_ceil(parallel::useful_threads(values.len(), self.threads))
+                .max(1);
+            let jobs = averages.chunks_mut(part).zip(values.chunks(part)).collect();
+            parallel::map(jobs, |(averages, values)| {
+                for (a, &w) in averages.iter_mut().zip(values) {
+                    *a -= rate * (*a - w);
+                }
+            });
         }
     }
+}
+
+impl Optimizer {
+    /// Adds the L2 gradient of a variable to its gradient and clips that; `gradients` begin at value `start`.
+    fn clip(&self, slot: &Slot, weights: &Weights, gradients: &mut [f32], start: usize) -> VariableSums {
+        let values = &weights.trainable[slot.range.clone()];
+        let gradient = &mut gradients[within(&slot.range, start)];
+        let mut l2 = 0.0;
+        if slot.regularized {
+            for (g, &w) in gradient.iter_mut().zip(values) {
+                *g += self.weight_decay * w;
+            }
+            l2 = sum_of_squares(values);
+        }
+        let raw = sum_of_squares(gradient);
+        let clipped = match self.clip_norm > 0.0 {
+            true => scale_to(gradient, raw.sqrt(), self.clip_norm),
+            false => raw,
+        };
+        VariableSums { l2, raw, clipped }
+    }
+}
+
+/// Squares of the norms of a variable: of its weights where these are regularised, of its gradient before and after clipping.
+struct VariableSums {
+    l2: f64,
+    raw: f64,
+    clipped: f64,
+}
+
+/// A range of values as indices from value `start` on.
+fn within(range: &Range<usize>, start: usize) -> Range<usize> {
+    range.start - start..range.end - start
 }
 
 /// Compiles a freeze pattern with the meaning of Python's `re.match`.
@@ -259,6 +354,36 @@ mod tests {
             let values: Vec<f32> = (1..=len).map(|i| i as f32).collect();
             let expected = len * (len + 1) * (2 * len + 1) / 6;
             assert_eq!(sum_of_squares(&values), f64::from(expected));
+        }
+    }
+
+    #[test]
+    fn updates_have_the_same_bits_with_any_number_of_threads() {
+        let network = Network::new(&HParams::preset("d0").unwrap()).unwrap();
+        for kind in [OptimizerKind::Sgd, OptimizerKind::Adam] {
+            let run = |threads: usize| {
+                let mut optimizer = optimizer(&network, |h| {
+                    h.optimizer = kind;
+                    h.var_freeze_expr = Some(".*fpn_cells/cell_1.*".to_owned());
+                });
+                optimizer.use_threads(threads);
+                let mut weights = Weights::init(&network.variables, 3);
+                let mut average = weights.clone();
+                let mut reports = Vec::new();
+                for step in 0..3 {
+                    let mut gradients: Vec<f32> = (0..weights.trainable.len())
+                        .map(|i| ((i * 7 + step as usize) % 1013) as f32 * 1e-3 - 0.4)
+                        .collect();
+                    reports.push(optimizer.prepare(&weights, &mut gradients));
+                    optimizer.apply(&mut weights, &gradients, 0.01, step);
+                    optimizer.average(&mut average, &weights, step);
+                }
+                (weights, average, reports, optimizer.slots()[0].1.to_vec())
+            };
+            let expected = run(1);
+            for threads in [2, 3, 7] {
+                assert!(run(threads) == expected, "{threads} threads");
+            }
         }
     }
 
