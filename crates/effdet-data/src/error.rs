@@ -59,6 +59,14 @@ pub enum DataError {
         /// What is wrong, where, and what to do.
         what: String,
     },
+    /// Data: not a single box to learn from.
+    #[error("{}: {what}", file.display())]
+    NoBoxes {
+        /// File.
+        file: PathBuf,
+        /// How that came about, and what to do.
+        what: String,
+    },
     /// Data: a record of a TFRecord file is damaged or makes no sense.
     #[error("{}: record {record} at byte {offset}: {what}", file.display())]
     Record {

@@ -296,12 +296,12 @@ impl Builder<'_> {
         }
         match self.without_box {
             Some(_) if self.boxes == 0 => {
-                return Err(malformed(
-                    self.json,
-                    "its annotations have no boxes (a captions file?): use the instances file, \
-                     instances_train2017.json or instances_val2017.json for COCO"
+                return Err(DataError::NoBoxes {
+                    file: self.json.to_path_buf(),
+                    what: "its annotations have no boxes (a captions file?): use the instances file, \
+                           instances_train2017.json or instances_val2017.json for COCO"
                         .into(),
-                ));
+                });
             }
             Some(record) if self.faults == Faults::Refuse => {
                 let what = format!("annotation {record}: has no bbox: use an instances file");

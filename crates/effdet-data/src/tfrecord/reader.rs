@@ -105,8 +105,8 @@ pub fn load(pattern: &str, options: &ReadOptions) -> Result<(DetectionDataset, L
 ///
 /// # Errors
 /// [`DataError::Record`] with file, record and offset for damage and for features that make no sense; [`DataError::Malformed`]
-/// for an image id that occurs twice, for a category with two names, and for data without a single box (records converted from
-/// captions); [`DataError::TooLarge`]; [`DataError::Io`].
+/// for an image id that occurs twice and for a category with two names; [`DataError::NoBoxes`] for data without a single box (records
+/// converted from captions); [`DataError::TooLarge`]; [`DataError::Io`].
 pub fn load_shards(shards: &[PathBuf], options: &ReadOptions) -> Result<(DetectionDataset, LoadReport)> {
     let contents = read_all(shards, options)?;
     let mut names = CategoryNames::default();
@@ -161,11 +161,14 @@ pub fn load_shards(shards: &[PathBuf], options: &ReadOptions) -> Result<(Detecti
             }
             false => "They were probably converted from a captions file, as the reference's get_coco.sh does",
         };
-        return Err(malformed(format!(
-            "none of the {} records has a box. {cause}. Convert again from the instances file \
-             (instances_train2017.json, instances_val2017.json)",
-            examples.len()
-        )));
+        return Err(DataError::NoBoxes {
+            file: shards.first().cloned().unwrap_or_default(),
+            what: format!(
+                "none of the {} records has a box. {cause}. Convert again from the instances file \
+                 (instances_train2017.json, instances_val2017.json)",
+                examples.len()
+            ),
+        });
     }
     refuse_duplicates(&examples)?;
     let categories = names

@@ -11,6 +11,7 @@ use effdet_data::doctor::{
     Check, ClassMap, Depth, Diagnosis, HtmlOptions, Instance, Options, Problem, Severity, Split, examine,
     page,
 };
+use effdet_data::error::DataError;
 use effdet_data::layout::Layout;
 use effdet_data::report::{Faults, LoadOptions};
 use effdet_data::text::printable;
@@ -129,8 +130,13 @@ fn load(args: &DoctorArgs, unreadable: &mut Vec<Problem>) -> Result<Vec<Split>> 
         sources::is_given(&args.source),
         "no data: give --data DIR, or the files one by one"
     );
-    let mut unread = |name: &str, place: String, error: String| {
-        let problem = Problem::new(Check::UnreadableSplit, name, 1, [Instance::file(place, &error)]);
+    let mut unread = |name: &str, place: String, error: anyhow::Error| {
+        let check = match error.downcast_ref() {
+            Some(DataError::NoBoxes { .. }) => Check::NoBoxes,
+            _ => Check::UnreadableSplit,
+        };
+        let error = super::describe(&error);
+        let problem = Problem::new(check, name, 1, [Instance::file(place, &error)]);
         unreadable.push(problem.detail(error));
     };
     let mut splits = Vec::new();
@@ -152,7 +158,7 @@ fn load(args: &DoctorArgs, unreadable: &mut Vec<Problem>) -> Result<Vec<Split>> 
                     dataset,
                     report,
                 }),
-                Err(error) => unread(&name, root.display().to_string(), error.to_string()),
+                Err(error) => unread(&name, root.display().to_string(), error.into()),
             }
         }
         return Ok(splits);
@@ -167,7 +173,7 @@ fn load(args: &DoctorArgs, unreadable: &mut Vec<Problem>) -> Result<Vec<Split>> 
                 dataset: loaded.dataset,
                 report: loaded.report,
             }),
-            Err(error) => unread(name, place(&args.source), super::describe(&error)),
+            Err(error) => unread(name, place(&args.source), error),
         }
     }
     Ok(splits)
@@ -217,7 +223,8 @@ fn print(out: &mut impl Write, diagnosis: &Diagnosis) -> Result<()> {
             problem.count,
             problem.title
         )?;
-        if problem.severity == Severity::Note {
+        // Most notes are counts; one with details says what to do about them.
+        if problem.severity == Severity::Note && problem.detail.is_empty() {
             continue;
         }
         write_details(out, problem)?;
