@@ -245,6 +245,51 @@ fn images_are_drawn_on_a_sheet_and_a_page() {
     assert!(message.contains("circle, square"), "{message}");
 }
 
+#[test]
+fn options_of_augmentation_set_what_the_hyper_parameters_do_in_training_and_view() {
+    let scratch = Scratch::with_data();
+    let options = "--augment randaugment,gridmask --mosaic 0.5 --mixup --hsv --close-mosaic 2";
+    let hparams = "--hparams autoaugment_policy=randaug,grid_mask=true,mosaic=0.5,mixup=1.0,hsv_h=0.015,hsv_s=0.7,hsv_v=0.4,close_mosaic=2.0";
+    let plan = |options: &str| {
+        scratch
+            .run(
+                0,
+                &format!("train --data shapes --image-size 64 --dry-run {options}"),
+            )
+            .0
+    };
+    let hparams_of = |plan: &str| plan[plan.find("[hparams]").unwrap()..].to_owned();
+    assert_eq!(hparams_of(&plan(options)), hparams_of(&plan(hparams)));
+    assert_ne!(hparams_of(&plan(options)), hparams_of(&plan("")));
+    // Options win, and none takes back.
+    let taken_back =
+        plan("--hparams autoaugment_policy=v1,grid_mask=true,mosaic=0.5 --augment none --mosaic 0");
+    assert_eq!(hparams_of(&taken_back), hparams_of(&plan("")));
+    let sheet = |options: &str, name: &str| {
+        let view = format!("data view --data shapes --image-size 128 --pass 1 --count 4 --tile 64 {options}");
+        scratch.run(0, &format!("{view} --output {name}"));
+        fs::read(scratch.path(name)).unwrap()
+    };
+    let expected = sheet(&format!("--augmented {hparams}"), "hparams.png");
+    assert_eq!(sheet(options, "options.png"), expected);
+    assert_ne!(sheet("--augmented", "plain.png"), expected);
+    for (wrong, told) in [
+        ("--augment v0,v1", "one policy"),
+        ("--augment none,gridmask", "nothing else"),
+        ("--mosaic 1.5", "must be in [0, 1]"),
+    ] {
+        let (_, message) = scratch.run(
+            1,
+            &format!("train --data shapes --image-size 64 --dry-run {wrong}"),
+        );
+        assert!(message.contains(told), "{wrong}: {message}");
+    }
+    let (_, message) = scratch.run(2, "train --data shapes --augment randaugmnt");
+    assert!(message.contains("randaugment"), "{message}");
+    let (_, message) = scratch.run(2, "train --data shapes --hsv 0.1,0.2");
+    assert!(message.contains("hue,saturation,value"), "{message}");
+}
+
 #[cfg(feature = "download")]
 #[test]
 fn a_download_of_other_bytes_is_refused_and_leaves_nothing_to_train_on() {

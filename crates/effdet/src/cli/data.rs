@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{ModelArgs, SourceArgs};
+use super::{AugmentArgs, ModelArgs, SourceArgs};
 
 /// Options of `data`.
 #[derive(Debug, Args)]
@@ -197,17 +197,19 @@ pub struct DownloadArgs {
 Examples:
   effdet data view --data shape --split val --output sheet.png
   effdet data view --data bccd --category WBC --count 24 --seed 1 --output wbc.html
-  effdet data view --data bccd --augmented --hparams autoaugment_policy=v2,mosaic=0.5 --output augmented.png")]
+  effdet data view --data bccd --augment autoaugment-v2 --mosaic 0.5 --output augmented.png")]
 pub struct ViewArgs {
     #[command(flatten)]
     pub source: SourceArgs,
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Show what training sees: augmented by --hparams, at the size of the network's input.
+    #[command(flatten)]
+    pub augmentation: AugmentArgs,
+    /// Show what training sees: augmented, at the size of the network's input; the options of augmentation imply it.
     #[arg(long)]
     pub augmented: bool,
     /// Pass over the data set that --augmented shows.
-    #[arg(long, value_name = "N", default_value_t = 0, requires = "augmented")]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     pub pass: u64,
     /// Split of --data.
     #[arg(long, value_name = "NAME", default_value = "train")]

@@ -2,6 +2,7 @@
 //!
 //! Nothing here touches the world; `commands` resolves these values against it.
 
+mod augment;
 mod data;
 mod eval;
 mod infer;
@@ -12,6 +13,7 @@ mod recipe;
 mod runs;
 mod train;
 
+pub use augment::{AugmentArgs, Augmentation};
 pub use data::{ConvertFormat, DataArgs, DataCommand, DoctorArgs, DownloadArgs, DownloadSet, ViewArgs};
 pub use eval::EvalArgs;
 pub use infer::InferArgs;
@@ -179,6 +181,8 @@ pub struct DataBenchOptions {
     /// Only the first images.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    #[command(flatten)]
+    pub augmentation: AugmentArgs,
     /// Seed of the augmentation.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,

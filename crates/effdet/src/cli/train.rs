@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use effdet_model::engine::Precision;
 
-use super::RankArgs;
+use super::{AugmentArgs, RankArgs};
 
 /// Which network.
 #[derive(Debug, Clone, Args)]
@@ -121,6 +121,7 @@ Examples:
   effdet train --data bccd --model lite0 --backbone-init efficientnet_lite0_imagenet.safetensors
   effdet train --train-json instances_train2017.json --train-images train2017 \\
                --val-json instances_val2017.json --val-images val2017
+  effdet train --data shape --augment randaugment --mosaic 0.5 --hsv
   effdet train --data shape --run-dir runs/shape --resume
   effdet train --data mine --pretrained-ckpt runs/coco --freeze '(stem|stack_)'")]
 pub struct TrainArgs {
@@ -128,6 +129,8 @@ pub struct TrainArgs {
     pub source: SourceArgs,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub augmentation: AugmentArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
     #[command(flatten)]

@@ -9,7 +9,7 @@ use effdet_model::hparams::ImageSize;
 use effdet_train::modes::EvaluationRule;
 
 use super::memory;
-use super::model::{apply_overrides, resolve_hparams};
+use super::model::{apply_augmentation, apply_overrides, resolve_hparams};
 use super::run_config::{DataConfig, RunConfig, apply_schedule, run_config};
 use crate::cli::TrainArgs;
 
@@ -43,6 +43,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<RunConfig> {
     (hparams.jitter_min, hparams.jitter_max) = (0.7, 1.4);
     apply_overrides(&mut hparams, &args.model.hparams)?;
     apply_schedule(args, &mut hparams);
+    apply_augmentation(&args.augmentation, &mut hparams)?;
     hparams.validate()?;
     let data = DataConfig::Synthetic {
         images: TRAIN_IMAGES,

@@ -9,7 +9,7 @@ use effdet_ckpt::{CheckpointStore, write_file};
 use effdet_model::network::Network;
 use effdet_train::trainer::TrainState;
 
-use super::model::{apply_overrides, resolve_hparams};
+use super::model::{apply_augmentation, apply_overrides, resolve_hparams};
 use super::ranks::flatten;
 use super::run_config::{DataConfig, RunConfig, RunData, apply_schedule, early_stop};
 use super::sources;
@@ -43,6 +43,7 @@ pub fn asked(args: &TrainArgs, own: &RunConfig) -> Result<RunConfig> {
     }
     apply_overrides(hparams, &args.model.hparams)?;
     apply_schedule(args, hparams);
+    apply_augmentation(&args.augmentation, hparams)?;
     hparams.validate()?;
     if sources::is_given(&args.source) {
         asked.data = DataConfig::Files(Box::new(sources::absolute(&args.source)?));

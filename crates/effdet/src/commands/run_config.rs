@@ -16,7 +16,7 @@ use effdet_train::trainer::{EarlyStop, TrainConfig};
 use serde::{Deserialize, Serialize};
 
 use super::memory;
-use super::model::{apply_overrides, resolve_hparams};
+use super::model::{apply_augmentation, apply_overrides, resolve_hparams};
 use super::sources;
 use crate::cli::{NonFinitePolicy, SourceArgs, TrainArgs};
 
@@ -188,6 +188,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)>
     (hparams.learning_rate, hparams.lr_warmup_init) = (rate, rate / 100.0);
     apply_overrides(&mut hparams, &args.model.hparams)?;
     apply_schedule(args, &mut hparams);
+    apply_augmentation(&args.augmentation, &mut hparams)?;
     hparams.validate()?;
     ensure!(
         hparams.num_classes >= label_map.min_num_classes(),

@@ -18,7 +18,7 @@ use image::imageops::{FilterType, overlay, resize};
 use image::{Rgb, RgbImage};
 
 use super::infer::write_jpeg;
-use super::model::resolve_hparams;
+use super::model::{apply_augmentation, resolve_hparams};
 use super::run_config::label_map_of;
 use super::sources::{self, Part};
 use crate::cli::{SourceArgs, ViewArgs};
@@ -56,10 +56,12 @@ pub fn run(args: &ViewArgs) -> Result<()> {
     let dataset = sources::require(&source, Part::Train)?;
     let chosen = choose(&dataset, args)?;
     let mut tiles = Vec::with_capacity(chosen.len());
-    let augmenter = args
-        .augmented
-        .then(|| Augmenter::new(&dataset, args))
-        .transpose()?;
+    let augmented = args.augmented || args.augmentation.is_given();
+    ensure!(
+        augmented || args.pass == 0,
+        "--pass is of --augmented: images as they are stored are the same in every pass"
+    );
+    let augmenter = augmented.then(|| Augmenter::new(&dataset, args)).transpose()?;
     for index in chosen {
         let picture = match &augmenter {
             Some(augmenter) => augmenter.picture(&dataset, index, args.pass)?,
@@ -130,7 +132,8 @@ struct Augmenter {
 
 impl Augmenter {
     fn new(dataset: &DetectionDataset, args: &ViewArgs) -> Result<Self> {
-        let hparams = resolve_hparams(&args.model, "d0")?;
+        let mut hparams = resolve_hparams(&args.model, "d0")?;
+        apply_augmentation(&args.augmentation, &mut hparams)?;
         let label_map = label_map_of(dataset)?;
         let preparation = preparation(&hparams, &label_map, args.seed.unwrap_or(0));
         Ok(Self {

@@ -13,14 +13,15 @@ use serde_json::json;
 use super::distribution::Distribution;
 use crate::cli::DataBenchOptions;
 use crate::commands::host::{ForeignLoad, cpu_name};
-use crate::commands::model::resolve_hparams;
+use crate::commands::model::{apply_augmentation, resolve_hparams};
 use crate::commands::run_config::label_map_of;
 use crate::commands::sources::{self, Part};
 
 /// Prepares training samples on one thread, pass after pass, and prints where the time goes.
 pub fn run(options: &DataBenchOptions) -> Result<()> {
     ensure!(options.passes > 0, "--passes must be at least 1");
-    let hparams = resolve_hparams(&options.model, "d0")?;
+    let mut hparams = resolve_hparams(&options.model, "d0")?;
+    apply_augmentation(&options.augmentation, &mut hparams)?;
     let mut dataset = sources::require(&options.source, Part::Train)?;
     dataset.examples.truncate(options.limit.unwrap_or(usize::MAX));
     ensure!(!dataset.examples.is_empty(), "there is no image to prepare");
