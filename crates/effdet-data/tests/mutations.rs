@@ -4,10 +4,14 @@
 #[path = "../../../fuzz/entry_points.rs"]
 mod entry_points;
 
+use std::fs;
+use std::path::Path;
+
 use bytes::Bytes;
 use effdet_data::synthetic::{SyntheticConfig, render};
 use effdet_data::tfrecord::example::Example;
-use effdet_data::tfrecord::framing::write_record;
+use effdet_data::tfrecord::framing::{RecordReader, write_record};
+use effdet_data::tfrecord::parse_record;
 use prost::Message;
 
 /// Numbers that break assumptions.
@@ -109,6 +113,57 @@ fn example() -> Vec<u8> {
     }
     features.set_ints("image/object/class/label", vec![1, 2]);
     features.encode_to_vec()
+}
+
+/// The seeds of a fuzz target, by name.
+fn fuzz_seeds(target: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
+    let mut seeds: Vec<(String, Vec<u8>)> = fs::read_dir(folder.join(target))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|file| {
+            let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(&file).unwrap())
+        })
+        .collect();
+    seeds.sort();
+    seeds
+}
+
+#[test]
+fn the_seeds_of_the_record_framing_are_sound_or_broken_as_their_names_say() {
+    for (name, bytes) in fuzz_seeds("record_framing") {
+        let file = Path::new(&name);
+        let mut reader = RecordReader::new(&bytes[..], file, bytes.len() as u64, 1 << 20);
+        let records: Result<Vec<_>, _> = std::iter::from_fn(|| reader.next_record().transpose()).collect();
+        let expected = match name.as_str() {
+            "empty" => Some(0),
+            "one" => Some(1),
+            "three" => Some(3),
+            _ => None,
+        };
+        assert_eq!(records.ok().map(|records| records.len()), expected, "{name}");
+        drive(entry_points::record_framing, &[bytes], 500);
+    }
+}
+
+#[test]
+fn the_seeds_of_the_examples_are_sound_or_broken_as_their_names_say() {
+    for (name, bytes) in fuzz_seeds("tf_example") {
+        let sound = [
+            "coco",
+            "unpacked-lists",
+            "no-boxes",
+            "captions",
+            "voc-difficult",
+            "text-id",
+            "box-outside",
+        ]
+        .contains(&name.as_str());
+        let parsed = parse_record(Path::new(&name), &bytes);
+        assert_eq!(parsed.is_ok(), sound, "{name}: {parsed:?}");
+        drive(entry_points::tf_example, &[bytes], 500);
+    }
 }
 
 #[test]
