@@ -9,8 +9,8 @@
 
 use crate::arena::ALIGNMENT;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx512, NativePairs};
-use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch, has_native_pairs};
+use crate::simd::{Avx512, NativePairs, has_native_pairs};
+use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch};
 use crate::storage::{Bf16, Products, Stored};
 
 /// The lane of two bfloat16.

@@ -14,7 +14,9 @@ mod runs;
 mod train;
 
 pub use augment::{AugmentArgs, Augmentation};
-pub use data::{ConvertFormat, DataArgs, DataCommand, DoctorArgs, DownloadArgs, DownloadSet, ViewArgs};
+#[cfg(feature = "download")]
+pub use data::DownloadSet;
+pub use data::{ConvertFormat, DataArgs, DataCommand, DoctorArgs, DownloadArgs, ViewArgs};
 pub use eval::EvalArgs;
 pub use infer::InferArgs;
 pub use inspect::{InspectArgs, InspectCommand};
