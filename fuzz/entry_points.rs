@@ -5,6 +5,7 @@ use std::path::Path;
 
 use effdet_data::decode::{DecodeOptions, decode_rgb, probe};
 use effdet_data::header;
+use effdet_data::jpeg::{JpegDecoder, Region};
 use effdet_data::report::{Faults, LoadOptions};
 use effdet_data::tfrecord::framing::RecordReader;
 use effdet_data::{coco, tfrecord, voc, yolo};
@@ -99,6 +100,35 @@ pub fn image(bytes: &[u8]) {
             let probed = probed.as_ref().expect("what decodes has a header");
             let stored = (probed.width, probed.height);
             assert!(apply_orientation || image.dimensions() == stored);
+        }
+    }
+    jpeg_region(bytes, &options);
+}
+
+/// What the decoder of regions takes, the full one takes with the same pixels.
+fn jpeg_region(bytes: &[u8], options: &DecodeOptions) {
+    let mut decoder = JpegDecoder::default();
+    let Some((width, height)) = decoder.open(bytes) else {
+        return;
+    };
+    if (width * height) as u64 > options.max_pixels {
+        return;
+    }
+    let region = Region {
+        x: width / 3..width,
+        y: height / 4..height - height / 3,
+    };
+    if decoder.decode(bytes, &region).is_none() {
+        return;
+    }
+    let whole = decode_rgb(bytes, options).expect("what is taken in part is taken whole");
+    assert_eq!(whole.dimensions(), (width as u32, height as u32));
+    let mut colours = [(); 3].map(|()| vec![0; region.x.len()]);
+    for y in region.y.clone() {
+        decoder.row(y, &region.x, colours.each_mut().map(Vec::as_mut_slice));
+        for (index, x) in region.x.clone().enumerate() {
+            let pixel = [0, 1, 2].map(|colour| colours[colour][index]);
+            assert_eq!(whole.get_pixel(x as u32, y as u32).0, pixel, "{x}, {y}");
         }
     }
 }

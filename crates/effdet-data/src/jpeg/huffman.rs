@@ -1,7 +1,7 @@
 //! Huffman tables that give run, value and length of most codes at one look, and the reader of bits.
 
 /// Bits that one look into a table takes.
-const LOOK_BITS: u32 = 10;
+const LOOK_BITS: u32 = 11;
 
 /// Entries whose code is not done with a look: see [`HuffmanTable::lookup`].
 pub(super) const SPECIAL: u32 = 0xe0;
@@ -106,29 +106,51 @@ impl HuffmanTable {
     }
 
     /// Reads a code that [`SPECIAL`] marks, other than the end of a block that a look tells; none for a code that baseline JPEG
-    /// lacks. Gives the coefficients to go on by, 0 at the end of a block, and the value.
+    /// lacks.
+    #[inline(always)]
+    pub(super) fn read_special(&self, entry: u32, bits: &mut Bits<'_>, is_dc: bool) -> Option<Special> {
+        // The bits go by value, or they would live in memory.
+        let special = self.special(entry, bits.buffer, is_dc)?;
+        bits.consume(special.length);
+        Some(special)
+    }
+
     #[inline(never)]
-    pub(super) fn read_special(&self, entry: u32, bits: &mut Bits<'_>, is_dc: bool) -> Option<(u32, i32)> {
-        let (go_on, size) = if entry & MAGNITUDE != 0 {
-            bits.consume(entry & 31);
-            (entry >> 8 & 31, entry >> 16)
+    fn special(&self, entry: u32, buffer: u64, is_dc: bool) -> Option<Special> {
+        let (length, go_on, size) = if entry & MAGNITUDE != 0 {
+            (entry & 31, entry >> 8 & 31, entry >> 16)
         } else {
-            let ahead = (bits.buffer >> 48) as u32;
+            let ahead = (buffer >> 48) as u32;
             let length = (1..=16).find(|&length| ahead < self.limit[length])?;
             let index = (ahead >> (16 - length)) as i32 + self.offset[length];
             let symbol = self.symbols[usize::try_from(index).ok()?];
-            bits.consume(length as u32);
             let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-            match (run, size) {
-                (0, 0) if !is_dc => return Some((0, 0)),
-                (15, 0) => return Some((16, 0)),
-                (1.., 0) => return None,
+            let go_on = match (run, size) {
+                (0, 0) if !is_dc => 0,
+                (1..15, 0) => return None,
                 (_, 11..) if !is_dc => return None,
-                _ => (run + 1, size),
-            }
+                _ => run + 1,
+            };
+            (length as u32, go_on, size)
         };
-        Some((go_on, extend(bits.take(size), size)))
+        // Two shifts, for none may be by 64.
+        let bits = ((buffer << length) >> 1 >> (63 - size)) as u32;
+        Some(Special {
+            length: length + size,
+            go_on,
+            value: extend(bits, size),
+        })
     }
+}
+
+/// A code that takes more than a look.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Special {
+    /// Bits of code and value, at most 27.
+    length: u32,
+    /// Coefficients to go on by; 0 at the end of a block.
+    pub(super) go_on: u32,
+    pub(super) value: i32,
 }
 
 /// The value that `size` bits stand for (T.81, F.12).
@@ -185,18 +207,18 @@ impl<'a> Bits<'a> {
         std::array::from_fn(|index| rest.get(index).copied().unwrap_or(0))
     }
 
+    /// Goes on behind the code of an entry that is not [`SPECIAL`].
+    #[inline(always)]
+    pub(super) fn consume_entry(&mut self, entry: u32) {
+        // Bit 5 is clear, and shifts take six bits as they are.
+        self.buffer <<= entry & 63;
+        self.count -= entry & 31;
+    }
+
     #[inline(always)]
     pub(super) fn consume(&mut self, count: u32) {
         self.buffer <<= count;
         self.count -= count;
-    }
-
-    #[inline(always)]
-    fn take(&mut self, count: u32) -> u32 {
-        // Two shifts, for none may be by 64.
-        let bits = (self.buffer >> 1 >> (63 - count)) as u32;
-        self.consume(count);
-        bits
     }
 
     /// Bits left of the data; negative when more were read than there were.

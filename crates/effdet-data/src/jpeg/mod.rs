@@ -8,7 +8,8 @@
 //! and for every doubt about a file the answer is *none*, and the caller takes [`crate::decode::decode_rgb`], which judges it.
 //!
 //! # Pixels
-//! Those of [`crate::decode::decode_rgb`] exactly: the same integer transform, triangle filter and colour conversion.
+//! Those of [`crate::decode::decode_rgb`] exactly: the same integer transform, triangle filter and colour conversion. Damage
+//! behind the rectangle is not seen, as it does not change these pixels there either.
 //!
 //! # Determinism
 //! Integers throughout: the same pixels on every processor.

@@ -148,14 +148,23 @@ impl<'a> Coder<'a> {
 
     /// Reads one block; gives the position of its last coefficient in the stream's order.
     #[inline(always)]
-    fn read<S: Sink>(&mut self, bits: &mut Bits<'_>, sink: &mut S) -> Option<usize> {
+    fn read<S: Sink>(&mut self, reader: &mut Bits<'_>, sink: &mut S) -> Option<usize> {
+        // A copy stays in registers.
+        let mut bits = *reader;
+        let last = self.read_from(&mut bits, sink);
+        *reader = bits;
+        last
+    }
+
+    #[inline(always)]
+    fn read_from<S: Sink>(&mut self, bits: &mut Bits<'_>, sink: &mut S) -> Option<usize> {
         bits.refill();
         let entry = self.dc.look(bits);
         let difference = if entry & SPECIAL == 0 {
-            bits.consume(entry & 31);
+            bits.consume_entry(entry);
             entry as i32 >> 16
         } else {
-            self.dc.read_special(entry, bits, true)?.1
+            self.dc.read_special(entry, bits, true)?.value
         };
         // Eleven bits a difference: it takes a million blocks to leave 32 bits.
         self.prediction = self.prediction.wrapping_add(difference);
@@ -173,19 +182,19 @@ impl<'a> Coder<'a> {
                 }
                 let entry = self.ac.look(bits);
                 let value = if entry & SPECIAL == 0 {
-                    bits.consume(entry & 31);
+                    bits.consume_entry(entry);
                     position += (entry >> 8 & 31) as usize;
                     entry as i32 >> 16
                 } else if entry & END_OF_BLOCK != 0 {
                     bits.consume(entry & 31);
                     return Some(position);
                 } else {
-                    let (go_on, value) = self.ac.read_special(entry, bits, false)?;
-                    if go_on == 0 {
+                    let special = self.ac.read_special(entry, bits, false)?;
+                    if special.go_on == 0 {
                         return Some(position);
                     }
-                    position += go_on as usize;
-                    value
+                    position += special.go_on as usize;
+                    special.value
                 };
                 if position > 63 {
                     return None;
