@@ -77,6 +77,7 @@ fn every_format_converts_to_every_other_and_trains() {
             ),
         );
         let line = out.lines().find(|line| line.contains("weights ")).unwrap();
+        assert!(line.contains("images/s, waiting "), "{line}");
         line.split("weights ").nth(1).unwrap()[..16].to_owned()
     };
     let expected = hash("shapes");

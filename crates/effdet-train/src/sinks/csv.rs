@@ -143,6 +143,7 @@ fn parse_step(row: &str) -> Option<StepRecord> {
         loss_scale: 1.0,
         seconds: cells.next()?.parse().ok()?,
         wait_s: cells.next()?.parse().ok()?,
+        prepare_s: 0.0,
         images: cells.next()?.parse().ok()?,
     })
 }

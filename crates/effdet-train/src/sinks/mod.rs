@@ -92,6 +92,7 @@ mod testing {
             loss_scale: 1.0,
             seconds: 0.5,
             wait_s: 0.125,
+            prepare_s: 0.75,
             images: 4,
         }
     }

@@ -18,7 +18,7 @@ use prost::Message;
 
 use super::{LogFile, failed};
 use crate::error::TrainError;
-use crate::events::{Event, EventSink, StepRecord};
+use crate::events::{DataTime, Event, EventSink, StepRecord};
 
 /// First record of every event file.
 const FILE_VERSION: &str = "brain.Event:2";
@@ -75,8 +75,8 @@ pub struct TensorBoard {
     validation: EventFile,
     log_steps: u64,
     steps_per_epoch: u64,
-    /// Since the last logged step: steps, seconds, images.
-    pending: (u64, f64, f64),
+    /// Since the last logged step: steps, images, how the loader kept up.
+    pending: (u64, f64, DataTime),
     /// Sums of the epoch's losses and the steps in them.
     epoch: ([f64; LOSSES.len()], u64),
 }
@@ -109,20 +109,20 @@ impl TensorBoard {
             validation: EventFile::create(&folder.join("validation"), step)?,
             log_steps: log_steps.max(1),
             steps_per_epoch: 1,
-            pending: (0, 0.0, 0.0),
+            pending: (0, 0.0, DataTime::default()),
             epoch: ([0.0; LOSSES.len()], 0),
         })
     }
 
     fn log_step(&mut self, record: &StepRecord) -> Result<(), TrainError> {
         self.pending.0 += 1;
-        self.pending.1 += record.seconds;
-        self.pending.2 += record.images as f64;
+        self.pending.1 += record.images as f64;
+        self.pending.2.add(record);
         if self.pending.0 < self.log_steps {
             return Ok(());
         }
-        let (steps, seconds, images) = std::mem::take(&mut self.pending);
-        let seconds = seconds.max(1e-9);
+        let (steps, images, data) = std::mem::take(&mut self.pending);
+        let seconds = data.seconds.max(1e-9);
         let mut scalars: Vec<(String, f64)> = LOSSES
             .iter()
             .map(|(name, pick)| ((*name).to_owned(), f64::from(pick(record))))
@@ -133,6 +133,8 @@ impl TensorBoard {
             ("loss_scale", f64::from(record.loss_scale)),
             ("global_step/sec", steps as f64 / seconds),
             ("examples/sec", images / seconds),
+            ("data_wait_share", data.waiting()),
+            ("loader_cores_needed", data.loader_cores() as f64),
         ] {
             scalars.push((name.to_owned(), value));
         }
@@ -301,6 +303,11 @@ mod tests {
         assert_eq!(series(folder.path(), "loss"), expected);
         let speeds: Vec<_> = [2, 4, 6, 8].map(|step| (step, 8.0)).into();
         assert_eq!(series(folder.path(), "examples/sec"), speeds);
+        let shares: Vec<_> = [2, 4, 6, 8].map(|step| (step, 0.25)).into();
+        assert_eq!(series(folder.path(), "data_wait_share"), shares);
+        // 0.75 s of preparing while 0.375 s are computed.
+        let cores: Vec<_> = [2, 4, 6, 8].map(|step| (step, 2.0)).into();
+        assert_eq!(series(folder.path(), "loader_cores_needed"), cores);
         assert_eq!(
             series(&folder.path().join("validation"), "AP"),
             [(4, 1.0), (8, 1.0)]

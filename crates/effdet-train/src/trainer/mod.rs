@@ -25,7 +25,7 @@ pub use self::state::TrainState;
 use self::step::{Scratch, Update};
 use crate::error::TrainError;
 use crate::eval::{Evaluation, Evaluator, preparation};
-use crate::events::{Event, EventSink};
+use crate::events::{DataTime, Event, EventSink};
 use crate::guard::{MAX_REWINDS, MAX_SKIPS, NonFinite, OnNonFinite, SpikeWatch};
 use crate::loss_scale::LossScale;
 use crate::ranks::broadcast_state;
@@ -57,6 +57,8 @@ pub struct Outcome {
     pub evaluation: Option<Evaluation>,
     /// Images per second, the first tenth of the steps left out.
     pub images_per_second: f64,
+    /// How the loader kept up, the first step left out, which waits for the loader to begin.
+    pub data_time: DataTime,
 }
 
 /// Data and model of a run.
@@ -141,6 +143,7 @@ impl<'c> Trainer<'c> {
         let mut watches = [SpikeWatch::new("the loss"), SpikeWatch::new("the gradient norm")];
         let mut setbacks = Setbacks::default();
         let mut speeds = Vec::new();
+        let mut data_time = DataTime::default();
         let mut evaluation = None;
         let (resumed_from, mut saved_at) = (state.step, None);
         // A run that stopped early stays stopped when it is resumed.
@@ -175,6 +178,9 @@ impl<'c> Trainer<'c> {
                     }
                 };
                 setbacks.skips = 0;
+                if !speeds.is_empty() {
+                    data_time.add(&record);
+                }
                 speeds.push(record.images as f64 / record.seconds);
                 let [loss, norm] = &mut watches;
                 let jumps = [
@@ -268,6 +274,7 @@ impl<'c> Trainer<'c> {
             step: state.step,
             evaluation,
             images_per_second,
+            data_time,
         })
     }
 

@@ -71,6 +71,7 @@ impl Trainer<'_> {
         };
         let sums = BatchNormSums::new(inputs.group);
         let mut ids = Vec::new();
+        let mut prepare_us = 0;
         let mut position = state.sample_position;
         // The batch to look at when the step goes wrong: the first that went wrong by itself, or else the last.
         let (mut suspect, mut suspect_found) = (None, false);
@@ -80,9 +81,13 @@ impl Trainer<'_> {
         for _ in 0..self.config.accumulate {
             let batch = match fake.take() {
                 Some(batch) => batch,
-                None => loader.next_batch().ok_or_else(|| {
-                    TrainError::Config("the training data ended: this is a bug, please report it".into())
-                })??,
+                None => {
+                    let batch = loader.next_batch().ok_or_else(|| {
+                        TrainError::Config("the training data ended: this is a bug, please report it".into())
+                    })??;
+                    prepare_us += batch.decode_us + batch.prepare_us + batch.assign_us;
+                    batch
+                }
             };
             let mut train_batch = batch.train_batch();
             if sync {
@@ -168,6 +173,7 @@ impl Trainer<'_> {
             loss_scale,
             seconds: clock.elapsed().as_secs_f64(),
             wait_s: (loader.wait_us() - waited) as f64 * 1e-6,
+            prepare_s: prepare_us as f64 * 1e-6,
             images: self.config.global_batch() * self.config.accumulate,
         };
         // A skipped update counts as a step of the schedule, as in the reference.

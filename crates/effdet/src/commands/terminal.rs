@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use effdet_train::error::TrainError;
-use effdet_train::events::{Event, EventSink, StepRecord};
+use effdet_train::events::{DataTime, Event, EventSink, StepRecord};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Lines of a run whose stderr is no terminal: one every so many seconds.
@@ -51,7 +51,7 @@ impl Terminal {
         self.bar.suspend(|| tell!("{line}"));
     }
 
-    /// Losses, speed and the share of time spent waiting for data, averaged since the last call.
+    /// Losses, speed, the share of time spent waiting for data and what would end it, averaged since the last call.
     fn summary(&mut self) -> String {
         let Some(last) = self.recent.last().copied() else {
             return String::new();
@@ -60,15 +60,16 @@ impl Terminal {
             self.recent.iter().map(pick).sum::<f64>() / self.recent.len() as f64
         };
         let seconds = mean(|r| r.seconds).max(1e-9);
+        let mut data = DataTime::default();
+        self.recent.iter().for_each(|record| data.add(record));
         let text = format!(
-            "epoch {:.2}  loss {:.3} (class {:.3}, box {:.4})  lr {:.2e}  {:.1} img/s  waiting {:.0} %",
+            "epoch {:.2}  loss {:.3} (class {:.3}, box {:.4})  lr {:.2e}  {:.1} img/s  {data}",
             last.step as f64 / self.steps_per_epoch as f64,
             mean(|r| f64::from(r.loss)),
             mean(|r| f64::from(r.class_loss)),
             mean(|r| f64::from(r.box_loss)),
             last.learning_rate,
             mean(|r| r.images as f64) / seconds,
-            100.0 * mean(|r| r.wait_s) / seconds,
         );
         self.recent.clear();
         text
@@ -132,5 +133,39 @@ impl EventSink for Terminal {
             Event::Evaluated { .. } | Event::Saved { .. } | Event::LossScaled { .. } => {}
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_says_how_long_steps_wait_for_data_and_which_cores_would_end_it() {
+        let record = StepRecord {
+            step: 4,
+            epoch: 0,
+            loss: 2.0,
+            det_loss: 2.0,
+            class_loss: 1.0,
+            box_loss: 0.02,
+            box_iou_loss: 0.0,
+            l2_loss: 0.0,
+            learning_rate: 0.01,
+            gradient_norm: 1.0,
+            raw_gradient_norm: 1.0,
+            loss_scale: 1.0,
+            seconds: 0.5,
+            wait_s: 0.25,
+            prepare_s: 0.7,
+            images: 8,
+        };
+        let mut terminal = Terminal::new(true);
+        terminal.recent = vec![record; 2];
+        let line = terminal.summary();
+        assert!(
+            line.ends_with("16.0 img/s  waiting 50 % (3 loader cores would end it)"),
+            "{line}"
+        );
     }
 }

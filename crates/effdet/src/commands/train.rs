@@ -347,9 +347,10 @@ fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> Resul
     }
     writeln!(
         out,
-        "step {}: {:.2} images/s; weights {}, averages {}",
+        "step {}: {:.2} images/s, {}; weights {}, averages {}",
         outcome.step,
         outcome.images_per_second,
+        outcome.data_time,
         &weights_hash(&state.weights)[..16],
         state.average.as_ref().map_or_else(
             || "off".to_owned(),
