@@ -1,5 +1,7 @@
 //! One sample and one batch of network inputs.
 
+use std::sync::Arc;
+
 use effdet_model::assign::{AssignScratch, Assigner};
 use effdet_model::engine::{ImageBatch, Targets, TrainBatch};
 use effdet_model::label_map::LabelMap;
@@ -8,6 +10,7 @@ use image::RgbImage;
 
 use crate::augment::AugmentConfig;
 use crate::augment::compose::Sample;
+use crate::cache::ImageCache;
 use crate::dataset::Example;
 use crate::decode::{DecodeOptions, decode_rgb};
 use crate::error::{DataError, Result};
@@ -106,6 +109,8 @@ pub struct Preparation {
     pub skip_crowd: bool,
     /// Seed of flips and jitter.
     pub seed: u64,
+    /// Where decoded images are kept; none = decoded each time.
+    pub cache: Option<Arc<ImageCache>>,
 }
 
 /// Memory for preparing samples, one after the other.
@@ -180,7 +185,7 @@ impl Preparation {
         let placement = match assigner {
             Some(_) if self.augment.is_on(key.pass) => {
                 let clock = std::time::Instant::now();
-                let image = self.decode(example)?;
+                let image = self.decode(examples, key.index)?;
                 batch.decode_us += clock.elapsed().as_micros() as u64;
                 let clock = std::time::Instant::now();
                 let (sample, placement) = self.augment(examples, image, key)?;
@@ -190,7 +195,7 @@ impl Preparation {
                 batch.prepare_us += clock.elapsed().as_micros() as u64;
                 placement
             }
-            _ => self.place(batch, example, assigner.map(|_| key), scratch)?,
+            _ => self.place(batch, (example, key), assigner.is_some(), scratch)?,
         };
 
         if let Some(assigner) = assigner {
@@ -222,24 +227,38 @@ impl Preparation {
         Ok(())
     }
 
-    /// Decodes and places an example whose pixels nothing else changes: as a training sample of a key, or for evaluation.
+    /// Decodes and places an example whose pixels nothing else changes: as the training sample of its key, or for evaluation.
     ///
     /// The placement is known before the image is decoded, so that only what it shows need be.
     fn place(
         &self,
         batch: &mut Batch,
-        example: &Example,
-        key: Option<SampleKey>,
+        (example, key): (&Example, SampleKey),
+        training: bool,
         scratch: &mut Scratch,
     ) -> Result<Placement> {
         let config = &self.preprocess;
         let at = batch.len() * batch.height * batch.width * 3;
         let out = &mut batch.images[at..][..batch.height * batch.width * 3];
-        let placement = |(width, height): (usize, usize)| match key {
-            Some(key) => Placement::draw(config, height, width, self.seed, key.pass, key.index),
-            None => Placement::evaluation(config, height, width),
+        let placement = |(width, height): (usize, usize)| match training {
+            true => Placement::draw(config, height, width, self.seed, key.pass, key.index),
+            false => Placement::evaluation(config, height, width),
         };
         let clock = std::time::Instant::now();
+        if let Some(image) = self.cached(example, key.index, &mut scratch.encoded)? {
+            batch.decode_us += clock.elapsed().as_micros() as u64;
+            let clock = std::time::Instant::now();
+            let size = (image.width() as usize, image.height() as usize);
+            let placement = placement(size);
+            scratch.placer.plan(config, size, &placement);
+            scratch.placer.place(config, &mut &*image, out);
+            batch.prepare_us += clock.elapsed().as_micros() as u64;
+            if training {
+                let (boxes, classes) = (&mut scratch.boxes_yxyx_norm, &mut scratch.sample_classes);
+                self.objects(example, size, boxes, classes)?;
+            }
+            return Ok(placement);
+        }
         example
             .source
             .read_into(self.max_encoded_bytes, &mut scratch.encoded)?;
@@ -275,7 +294,7 @@ impl Preparation {
                 (size, placement)
             }
         };
-        if key.is_some() {
+        if training {
             let (boxes, classes) = (&mut scratch.boxes_yxyx_norm, &mut scratch.sample_classes);
             self.objects(example, size, boxes, classes)?;
         }
@@ -287,7 +306,7 @@ impl Preparation {
     /// # Errors
     /// Those of [`Self::append`].
     pub fn training_view(&self, examples: &[Example], key: SampleKey) -> Result<TrainingView> {
-        let image = self.decode(&examples[key.index as usize])?;
+        let image = self.decode(examples, key.index)?;
         let (sample, placement) = self.augment(examples, image, key)?;
         let size = self.preprocess.image_size;
         let mut pixels = vec![0.0; size.height * size.width * 3];
@@ -305,7 +324,7 @@ impl Preparation {
         let sample = self.sample(&examples[key.index as usize], image)?;
         let load = |index: u64| {
             let example = &examples[index as usize];
-            self.sample(example, self.decode(example)?)
+            self.sample(example, self.decode(examples, index)?)
         };
         let numbers = (self.seed, key.pass, key.index);
         let count = examples.len() as u64;
@@ -318,8 +337,37 @@ impl Preparation {
     }
 
     /// The image of an example, of the size that it is annotated with.
-    fn decode(&self, example: &Example) -> Result<RgbImage> {
+    fn decode(&self, examples: &[Example], index: u64) -> Result<RgbImage> {
+        let example = &examples[index as usize];
+        if let Some(image) = self.cached(example, index, &mut Vec::new())? {
+            return Ok(RgbImage::clone(&image));
+        }
         self.decode_bytes(example, &example.source.read_bytes(self.max_encoded_bytes)?)
+    }
+
+    /// The image of an example from the cache, decoded for it where it has room; none where it has not.
+    fn cached(&self, example: &Example, index: u64, encoded: &mut Vec<u8>) -> Result<Option<Arc<RgbImage>>> {
+        // Images are kept as they are stored, not as they are turned.
+        let Some(cache) = self.cache.as_ref().filter(|_| !self.decode.apply_orientation) else {
+            return Ok(None);
+        };
+        let read = |encoded: &mut Vec<u8>| example.source.read_into(self.max_encoded_bytes, encoded);
+        if cache.wants_bytes() {
+            read(encoded)?;
+        }
+        if let Some(image) = cache.get(index, encoded) {
+            self.check_size(example, image.dimensions())?;
+            return Ok(Some(image));
+        }
+        if !cache.has_room((example.width, example.height)) {
+            return Ok(None);
+        }
+        if !cache.wants_bytes() {
+            read(encoded)?;
+        }
+        let image = Arc::new(self.decode_bytes(example, encoded)?);
+        cache.put(index, encoded, &image);
+        Ok(Some(image))
     }
 
     fn decode_bytes(&self, example: &Example, bytes: &[u8]) -> Result<RgbImage> {

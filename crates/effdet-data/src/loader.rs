@@ -327,6 +327,7 @@ impl Work {
 mod tests {
     use super::*;
     use crate::augment::AugmentConfig;
+    use crate::cache::ImageCache;
     use crate::dataset::{Category, Example, ImageSource, ObjectAnnotation};
     use crate::preprocess::PreprocessConfig;
     use crate::synthetic::{CLASS_NAMES, SyntheticConfig, render};
@@ -395,6 +396,15 @@ mod tests {
     }
 
     fn start_augmented(dataset: &DetectionDataset, config: LoaderConfig, augment: AugmentConfig) -> Loader {
+        start_cached(dataset, config, augment, None)
+    }
+
+    fn start_cached(
+        dataset: &DetectionDataset,
+        config: LoaderConfig,
+        augment: AugmentConfig,
+        cache: Option<Arc<ImageCache>>,
+    ) -> Loader {
         let preparation = Preparation {
             preprocess: PreprocessConfig::new(&hparams()),
             augment,
@@ -403,6 +413,7 @@ mod tests {
             label_map: LabelMap::from_names(CLASS_NAMES),
             skip_crowd: true,
             seed: 7,
+            cache,
         };
         let anchors = Anchors::new(&AnchorConfig::from(&hparams())).unwrap();
         Loader::new(
@@ -618,6 +629,45 @@ mod tests {
         let positives = batch.class_targets.iter().filter(|&&class| class >= 0).count();
         assert_eq!(batch.positives.iter().sum::<usize>(), positives);
         assert_eq!(batch.train_batch().targets.normalizer, positives as f32 + 1.0);
+    }
+
+    #[test]
+    fn images_from_a_cache_give_the_same_batches() {
+        let dataset = dataset(7);
+        let mode = LoaderMode::Train { start_position: 0 };
+        let folder = tempfile::tempdir().unwrap();
+        let image_bytes = 48 * 48 * 3;
+        let mosaic = AugmentConfig {
+            mosaic: 0.5,
+            ..AugmentConfig::default()
+        };
+        for augment in [AugmentConfig::default(), mosaic] {
+            let passes = |workers, cache| {
+                let config = LoaderConfig {
+                    batch_size: 3,
+                    shard: Shard::WHOLE,
+                    workers,
+                    prefetch: 3,
+                    mode,
+                };
+                let mut loader = start_cached(&dataset, config, augment.clone(), cache);
+                take(&mut loader, 8)
+                    .into_iter()
+                    .map(comparable)
+                    .collect::<Vec<_>>()
+            };
+            let expected = passes(0, None);
+            for workers in [0, 2] {
+                // Room for all images, and for three of them.
+                for limit in [u64::MAX, 3 * image_bytes] {
+                    let memory = Arc::new(ImageCache::in_memory(7, limit));
+                    assert_eq!(passes(workers, Some(Arc::clone(&memory))), expected);
+                    assert_eq!(memory.used_bytes(), limit.min(7 * image_bytes));
+                    let disk = ImageCache::on_disk(folder.path(), limit).unwrap();
+                    assert_eq!(passes(workers, Some(Arc::new(disk))), expected);
+                }
+            }
+        }
     }
 
     #[test]

@@ -43,6 +43,7 @@ fn a_training_sample_allocates_nothing_once_its_buffers_have_grown() {
         label_map: LabelMap::from_names(["thing"]),
         skip_crowd: true,
         seed: 5,
+        cache: None,
     };
     let assigner = Assigner::new(&Anchors::new(&AnchorConfig::from(&hparams)).unwrap());
     let names = ["420", "422_restart", "444_harsh", "grey"];

@@ -35,6 +35,7 @@ pub fn preparation(hparams: &HParams, label_map: &LabelMap, seed: u64) -> Prepar
         label_map: label_map.clone(),
         skip_crowd: hparams.skip_crowd_during_training,
         seed,
+        cache: None,
     }
 }
 

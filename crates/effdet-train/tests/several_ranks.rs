@@ -75,6 +75,7 @@ fn train(group: &dyn ProcessGroup, batch_size: usize, sync_bn: bool) -> (Vec<Ste
         network: &network,
         engine: &mut engine,
         train: Arc::clone(&data),
+        cache: None,
         evaluator: None,
         label_map: LabelMap::from_names(CLASS_NAMES),
         group,

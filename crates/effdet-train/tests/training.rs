@@ -259,6 +259,7 @@ impl Scene {
             network: &self.network,
             engine: &mut self.engine,
             train: Arc::clone(&self.data),
+            cache: None,
             evaluator,
             label_map: self.label_map.clone(),
             group,

@@ -151,9 +151,18 @@ fn threads_instruction_sets_loader_workers_and_what_is_kept_leave_the_bits_alone
     scratch.train("portable", "--isa portable --max-steps 2");
     scratch.train("again", "--grad-checkpoint --max-steps 1");
     scratch.train("again", "--resume --max-steps 2");
+    scratch.train("ram", "--cache ram --max-steps 2");
+    scratch.train("disk", "--cache disk --cache-dir images --max-steps 1");
+    scratch.train(
+        "disk",
+        "--resume --cache disk --cache-dir images --cache-limit 50kB --max-steps 2",
+    );
     assert_eq!(scratch.hashes("one"), scratch.hashes("two"));
     assert_eq!(scratch.hashes("one"), scratch.hashes("portable"));
-    assert_eq!(scratch.hashes("one"), scratch.hashes("again"));
+    for run in ["again", "ram", "disk"] {
+        assert_eq!(scratch.hashes("one"), scratch.hashes(run), "{run}");
+    }
+    assert!(fs::read_dir(scratch.path("images")).unwrap().count() > 0);
     scratch.train("other_seed", "--seed 1 --max-steps 2");
     assert_ne!(scratch.hashes("one"), scratch.hashes("other_seed"));
 }
@@ -433,6 +442,15 @@ fn preparation_of_samples_is_timed_stage_by_stage() {
     for key in ["img_s_per_core", "decode_ms", "augment_ms", "assign_ms"] {
         assert!(report[key].as_f64().unwrap() > 0.0, "{key}");
     }
+    for cache in ["ram", "disk"] {
+        let line = scratch.succeed(&format!(
+            "bench data --data shapes --image-size 64 --passes 1 --limit 5 --cache {cache} --json"
+        ));
+        let report: Value = serde_json::from_str(&line).unwrap();
+        assert!(report["cache_bytes"].as_u64().unwrap() > 0, "{cache}");
+    }
+    let message = scratch.fail(1, "bench data --data shapes --cache-dir x");
+    assert!(message.contains("--cache disk"), "{message}");
     let message = scratch.fail(1, "bench data --data shapes --passes 0");
     assert!(message.contains("--passes"), "{message}");
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use effdet_ckpt::{CheckpointStore, weights_hash, write_file};
+use effdet_data::cache::ImageCache;
 use effdet_data::dataset::DetectionDataset;
 use effdet_data::loader::{Loader, LoaderConfig, LoaderMode, Shard};
 use effdet_dist::{ProcessGroup, same_weights};
@@ -69,6 +70,8 @@ pub struct RunInputs<'a> {
     pub engine: &'a mut dyn Engine,
     /// Training data.
     pub train: Arc<DetectionDataset>,
+    /// Where decoded training images are kept; none = decoded each time.
+    pub cache: Option<Arc<ImageCache>>,
     /// Held-out data; none = no evaluation.
     pub evaluator: Option<Evaluator>,
     /// Categories.
@@ -298,7 +301,8 @@ impl<'c> Trainer<'c> {
                 start_position: position,
             },
         };
-        let prepared = preparation(&inputs.network.hparams, &inputs.label_map, self.config.seed);
+        let mut prepared = preparation(&inputs.network.hparams, &inputs.label_map, self.config.seed);
+        prepared.cache = inputs.cache.clone();
         let assigner = Some(Assigner::new(&anchors));
         Ok(Loader::new(
             Arc::clone(&inputs.train),

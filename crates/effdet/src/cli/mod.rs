@@ -25,7 +25,8 @@ pub use ranks::RankArgs;
 pub use recipe::{RecipeArgs, RecipeCommand, RecipeRun};
 pub use runs::{CheckpointArgs, CheckpointCommand, CompareArgs};
 pub use train::{
-    BatchSize, EngineArgs, ModelArgs, NonFinitePolicy, OnCorrupt, SourceArgs, StepMemory, TrainArgs,
+    BatchSize, CacheArgs, EngineArgs, ModelArgs, NonFinitePolicy, OnCorrupt, SourceArgs, StepMemory,
+    TrainArgs,
 };
 
 use std::ffi::OsString;
@@ -183,6 +184,8 @@ pub struct DataBenchOptions {
     /// Only the first images.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     #[command(flatten)]
     pub augmentation: AugmentArgs,
     /// Seed of the augmentation.

@@ -28,6 +28,20 @@ pub struct ModelArgs {
     pub num_classes: Option<usize>,
 }
 
+/// Where decoded images are kept for later passes; batches have the same bits with and without.
+#[derive(Debug, Clone, Args)]
+pub struct CacheArgs {
+    /// Keep decoded training images: none, ram or disk. Images past the limit are decoded each time.
+    #[arg(long, value_name = "none|ram|disk", default_value = "none", value_parser = ["none", "ram", "disk"])]
+    pub cache: String,
+    /// Bytes that the cache may take, such as 4GB; default: half of the memory that training leaves free, or no limit on disk.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub cache_limit: Option<u64>,
+    /// Folder of the disk cache, which several runs may share; default: `cache` in the run folder.
+    #[arg(long, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
 /// What a training step keeps of a forward pass, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StepMemory {
@@ -258,6 +272,8 @@ pub struct TrainArgs {
     /// Overfit eight images of the data in a few minutes, or say what is wrong with them or with the configuration.
     #[arg(long, conflicts_with_all = ["resume", "dry_run", "benchmark"])]
     pub sanity: bool,
+    #[command(flatten)]
+    pub cache: CacheArgs,
     /// Memory that the run may take, such as 2GB; default: what this machine has free.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub memory_limit: Option<u64>,

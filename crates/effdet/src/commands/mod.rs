@@ -1,6 +1,7 @@
 //! Commands: resolve the command line against the world, do the work, print.
 
 mod bench;
+mod cache;
 mod ceilings;
 mod checkpoint;
 mod checkpoints;

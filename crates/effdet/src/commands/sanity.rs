@@ -91,6 +91,7 @@ pub fn run(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
         network: &network,
         engine: &mut engine,
         train: Arc::clone(&subset),
+        cache: None,
         evaluator: Some(Evaluator {
             dataset: Arc::clone(&subset),
             hparams: config.hparams.clone(),

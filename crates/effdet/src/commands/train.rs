@@ -16,6 +16,7 @@ use effdet_train::eval::Evaluator;
 use effdet_train::events::EventSink;
 use effdet_train::trainer::{Ending, Outcome, RunInputs, TrainState, Trainer};
 
+use super::cache::image_cache;
 use super::engine::cpu_engine;
 use super::plan::plan;
 use super::pretrained::{load_pretrained, print_match};
@@ -289,6 +290,16 @@ fn execute(
             tell!("memory: {memory}");
         }
     }
+    let needed = memory::needed_bytes(
+        &config.hparams,
+        config.train.batch_size,
+        config.train.accumulate,
+        args.step_memory(config.train.precision),
+    )?;
+    let cache = image_cache(&args.cache, &data.train, needed, &run_dir.join("cache"))?;
+    if let Some((_, line)) = cache.as_ref().filter(|_| !quiet) {
+        tell!("{line}");
+    }
     let evaluator = data.val.as_ref().map(|val| Evaluator {
         dataset: Arc::clone(val),
         hparams: config.hparams.clone(),
@@ -301,6 +312,7 @@ fn execute(
         network,
         engine: &mut engine,
         train: data.train,
+        cache: cache.map(|(cache, _)| cache),
         evaluator,
         label_map: label_map.clone(),
         group: job.group,

@@ -1,6 +1,8 @@
 //! `effdet bench data`: what one core prepares a second.
 
 use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -12,7 +14,9 @@ use serde_json::json;
 
 use super::distribution::Distribution;
 use crate::cli::DataBenchOptions;
+use crate::commands::cache::image_cache;
 use crate::commands::host::{ForeignLoad, cpu_name};
+use crate::commands::memory::gb;
 use crate::commands::model::{apply_augmentation, resolve_hparams};
 use crate::commands::run_config::label_map_of;
 use crate::commands::sources::{self, Part};
@@ -25,7 +29,9 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
     let mut dataset = sources::require(&options.source, Part::Train)?;
     dataset.examples.truncate(options.limit.unwrap_or(usize::MAX));
     ensure!(!dataset.examples.is_empty(), "there is no image to prepare");
-    let preparation = preparation(&hparams, &label_map_of(&dataset)?, options.seed);
+    let mut preparation = preparation(&hparams, &label_map_of(&dataset)?, options.seed);
+    let cache = image_cache(&options.cache, &dataset, 0, Path::new("cache"))?;
+    preparation.cache = cache.as_ref().map(|(cache, _)| Arc::clone(cache));
     let assigner = Assigner::new(&Anchors::new(&AnchorConfig::from(&hparams))?);
     let images = dataset.examples.len();
 
@@ -66,6 +72,7 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
             "bench": "data", "model": hparams.name, "image_size": hparams.image_size, "images": images,
             "cpu": cpu_name(), "img_s_per_core": img_s, "times_s": pass_s, "decode_ms": decode,
             "augment_ms": augment, "assign_ms": assign, "foreign_cores": foreign_cores,
+            "cache": options.cache.cache, "cache_bytes": cache.as_ref().map(|(cache, _)| cache.used_bytes()),
         });
         writeln!(out, "{report}")?;
         return Ok(());
@@ -82,6 +89,9 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
             .map_or_else(|| dataset.name.clone(), |data| data.display().to_string()),
         cpu_name().as_deref().unwrap_or("unknown processor")
     )?;
+    if let Some((cache, line)) = &cache {
+        writeln!(out, "  {line} at first, {} at last", gb(cache.used_bytes()))?;
+    }
     for (name, ms) in [
         ("read and decode", decode),
         ("augment, resize, crop", augment),
