@@ -155,7 +155,7 @@ fn threads_instruction_sets_loader_workers_and_what_is_kept_leave_the_bits_alone
     scratch.train("disk", "--cache disk --cache-dir images --max-steps 1");
     scratch.train(
         "disk",
-        "--resume --cache disk --cache-dir images --cache-limit 50kB --max-steps 2",
+        "--resume --cache disk --cache-dir images --cache-limit 1MB --max-steps 2",
     );
     assert_eq!(scratch.hashes("one"), scratch.hashes("two"));
     assert_eq!(scratch.hashes("one"), scratch.hashes("portable"));
