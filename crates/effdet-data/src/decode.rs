@@ -163,6 +163,11 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
             });
         }
     }
+    if let Some(bytes) = ragged_palette(bytes).filter(|_| format == ImageFormat::Png) {
+        return Err(DecodeError::Corrupt {
+            reason: format!("its palette of {bytes} bytes is no list of colours of 3 bytes"),
+        });
+    }
     let mut limits = image::Limits::default();
     // A 16-bit RGBA image needs 8 bytes a pixel, and decoders need some room beside the pixels.
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).max(64 << 20));
@@ -186,6 +191,19 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
     let mut image = DynamicImage::from_decoder(decoder).map_err(corrupt)?;
     image.apply_orientation(orientation);
     Ok(to_rgb8(image))
+}
+
+/// Length of a PNG's palette that ends within a colour, which the decoder would run past.
+fn ragged_palette(bytes: &[u8]) -> Option<usize> {
+    let mut rest = bytes.get(8..)?;
+    loop {
+        let len = u32::from_be_bytes(*rest.first_chunk::<4>()?) as usize;
+        match rest.get(4..8)? {
+            b"PLTE" if !len.is_multiple_of(3) => return Some(len),
+            b"IDAT" => return None,
+            _ => rest = rest.get(len.checked_add(12)?..)?,
+        }
+    }
 }
 
 /// RGB bytes; 16-bit samples keep their high byte, as libpng's `strip_16` does (the `image` crate would round).
@@ -493,6 +511,36 @@ mod tests {
                     .all(|(&a, b)| u8::abs_diff(a, b) < 4),
                 "{pixel:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_palette_that_ends_within_a_colour_is_refused() {
+        let chunk = |kind: &[u8], data: &[u8]| {
+            let mut chunk = (data.len() as u32).to_be_bytes().to_vec();
+            let body = [kind, data].concat();
+            chunk.extend(&body);
+            chunk.extend(crc32(&body).to_be_bytes());
+            chunk
+        };
+        let with_palette = |bytes: usize| {
+            let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
+            png.extend(chunk(b"IHDR", &[0, 0, 0, 8, 0, 0, 0, 1, 4, 3, 0, 0, 0]));
+            png.extend(chunk(b"PLTE", &vec![7; bytes]));
+            // One row of 8 pixels in 4 bytes behind its filter, stored in a zlib stream: all of them the last colour.
+            let row = [0, 0xff, 0xff, 0xff, 0xff];
+            let mut zlib = vec![0x78, 1, 1, 5, 0, 0xfa, 0xff];
+            zlib.extend(row);
+            zlib.extend([0x09, 0xfb, 0x03, 0xfd]);
+            png.extend(chunk(b"IDAT", &zlib));
+            png.extend(chunk(b"IEND", &[]));
+            png
+        };
+        let whole = decode_rgb(&with_palette(48), &DecodeOptions::default()).unwrap();
+        assert_eq!(whole.get_pixel(3, 0).0, [7; 3]);
+        for bytes in [1, 47, 53] {
+            let error = decode_rgb(&with_palette(bytes), &DecodeOptions::default()).unwrap_err();
+            assert!(error.to_string().contains("palette of"), "{bytes}: {error}");
         }
     }
 
