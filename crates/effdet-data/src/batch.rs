@@ -245,24 +245,11 @@ impl Preparation {
             false => Placement::evaluation(config, height, width),
         };
         let clock = std::time::Instant::now();
-        if let Some(image) = self.cached(example, key.index, &mut scratch.encoded)? {
-            batch.decode_us += clock.elapsed().as_micros() as u64;
-            let clock = std::time::Instant::now();
-            let size = (image.width() as usize, image.height() as usize);
-            let placement = placement(size);
-            scratch.placer.plan(config, size, &placement);
-            scratch.placer.place(config, &mut &*image, out);
-            batch.prepare_us += clock.elapsed().as_micros() as u64;
-            if training {
-                let (boxes, classes) = (&mut scratch.boxes_yxyx_norm, &mut scratch.sample_classes);
-                self.objects(example, size, boxes, classes)?;
-            }
-            return Ok(placement);
+        let kept = self.cached(example, key.index, &mut scratch.encoded)?;
+        if kept.is_none() {
+            (example.source).read_into(self.max_encoded_bytes, &mut scratch.encoded)?;
         }
-        example
-            .source
-            .read_into(self.max_encoded_bytes, &mut scratch.encoded)?;
-        let opened = match self.decode.apply_orientation {
+        let opened = match kept.is_some() || self.decode.apply_orientation {
             true => None,
             false => scratch.jpeg.open(&scratch.encoded),
         };
@@ -283,13 +270,16 @@ impl Preparation {
                 (size, placement)
             }
             None => {
-                let image = self.decode_bytes(example, &scratch.encoded)?;
+                let image = match kept {
+                    Some(image) => image,
+                    None => Arc::new(self.decode_bytes(example, &scratch.encoded)?),
+                };
                 batch.decode_us += clock.elapsed().as_micros() as u64;
                 let clock = std::time::Instant::now();
                 let size = (image.width() as usize, image.height() as usize);
                 let placement = placement(size);
                 scratch.placer.plan(config, size, &placement);
-                scratch.placer.place(config, &mut &image, out);
+                scratch.placer.place(config, &mut &*image, out);
                 batch.prepare_us += clock.elapsed().as_micros() as u64;
                 (size, placement)
             }

@@ -31,6 +31,14 @@ fn cpu_options(args: &EngineArgs, memory: StepMemory) -> Result<CpuOptions> {
     })
 }
 
+/// The threads of the command line, else one per processor.
+pub fn chosen_threads(args: &EngineArgs) -> usize {
+    match args.threads.unwrap_or(0) {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
 /// The instruction set of the command line or of `EFFDET_ISA`, else the best one here.
 pub fn chosen_isa(args: &EngineArgs) -> Result<Isa> {
     let Some(name) = &args.isa else {

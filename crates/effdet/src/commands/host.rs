@@ -1,6 +1,7 @@
 //! What the system says about this machine and process; none where it does not say.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Instant;
 
@@ -73,6 +74,17 @@ impl ForeignLoad {
         let (all, own) = busy_ticks()?;
         let foreign = (all - all_before) as f64 - (own - own_before) as f64;
         Some((foreign / TICKS_PER_SECOND / self.started.elapsed().as_secs_f64()).max(0.0))
+    }
+}
+
+/// Warns under a measurement that other processes disturbed.
+pub fn write_foreign(out: &mut impl Write, foreign_cores: Option<f64>) -> io::Result<()> {
+    match foreign_cores.filter(|&cores| cores > 0.1) {
+        Some(cores) => writeln!(
+            out,
+            "  other processes kept {cores:.1} processors busy: measure again on an idle machine"
+        ),
+        None => Ok(()),
     }
 }
 

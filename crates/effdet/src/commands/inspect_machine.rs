@@ -10,8 +10,8 @@ use effdet_cpu::storage::Products;
 use serde_json::{Value, json};
 
 use super::ceilings::{BEYOND_CACHES, copy_gb_s, fork_join_us, fresh_page_us, gflop_s, read_gb_s};
-use super::engine::chosen_isa;
-use super::host::{ForeignLoad, available_bytes, cache_bytes, cpu_name};
+use super::engine::{chosen_isa, chosen_threads};
+use super::host::{ForeignLoad, available_bytes, cache_bytes, cpu_name, write_foreign};
 use super::progress::Progress;
 use crate::cli::EngineArgs;
 
@@ -26,10 +26,7 @@ struct Ceiling {
 /// Prints what the machine has, what was chosen, and the measured ceilings.
 pub fn run(engine: &EngineArgs, as_json: bool) -> Result<()> {
     let isa = chosen_isa(engine)?;
-    let all_threads = match engine.threads.unwrap_or(0) {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    };
+    let all_threads = chosen_threads(engine);
     let [l1, l2, l3] = cache_bytes();
     let load = ForeignLoad::start();
     let ceilings = measure(isa, all_threads, l2, l3);
@@ -113,12 +110,7 @@ pub fn run(engine: &EngineArgs, as_json: bool) -> Result<()> {
             ceiling.unit
         )?;
     }
-    if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
-        writeln!(
-            out,
-            "other processes kept {cores:.1} processors busy: measure again on an idle machine"
-        )?;
-    }
+    write_foreign(&mut out, foreign_cores)?;
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::distribution::Distribution;
 use crate::cli::DataBenchOptions;
 use crate::commands::cache::image_cache;
-use crate::commands::host::{ForeignLoad, cpu_name};
+use crate::commands::host::{ForeignLoad, cpu_name, write_foreign};
 use crate::commands::memory::gb;
 use crate::commands::model::{apply_augmentation, resolve_hparams};
 use crate::commands::run_config::label_map_of;
@@ -106,11 +106,6 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
         "  {:<24} {total_ms:>8.3} ms  {img_s:>9.1} images/s per core",
         "total"
     )?;
-    if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
-        writeln!(
-            out,
-            "  other processes kept {cores:.1} processors busy: measure again on an idle machine"
-        )?;
-    }
+    write_foreign(&mut out, foreign_cores)?;
     Ok(())
 }

@@ -30,8 +30,8 @@ use self::random_batch::RandomBatch;
 pub use self::stages::Peaks;
 use self::stages::StageClock;
 use super::ceilings::peaks;
-use super::engine::{chosen_isa, cpu_engine, inference_plan};
-use super::host::{ForeignLoad, cpu_name, peak_rss_mib};
+use super::engine::{cpu_engine, inference_plan};
+use super::host::{ForeignLoad, cpu_name, peak_rss_mib, write_foreign};
 use super::model::resolve_hparams;
 use super::ranks;
 use crate::cli::{BenchCommand, BenchOptions};
@@ -73,7 +73,7 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
     let predicted_mib = predicted_bytes as f64 / f64::from(1 << 20);
     // Before anything else takes memory.
     let peak_rss_mib = peak_rss_mib();
-    let peaks = measured_peaks(training, options)?;
+    let peaks = measured_peaks((isa, threads), training, options);
     let table = clock.table(options.batch_size, Some(peaks));
 
     let distribution = Distribution::new(&times_s);
@@ -110,27 +110,17 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
         write_memory(&mut out, memory, beside_bytes)?;
     }
     table.print(&mut out)?;
-    if let Some(cores) = foreign_cores.filter(|&cores| cores > 0.1) {
-        writeln!(
-            out,
-            "  other processes kept {cores:.1} processors busy: measure again on an idle machine"
-        )?;
-    }
+    write_foreign(&mut out, foreign_cores)?;
     Ok(())
 }
 
-/// The ceilings of what is going to be timed.
-fn measured_peaks(training: bool, options: &BenchOptions) -> Result<Peaks> {
-    let isa = chosen_isa(&options.engine)?;
-    let threads = match options.engine.threads.unwrap_or(0) {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    };
+/// The ceilings of what was timed.
+fn measured_peaks((isa, threads): (Isa, usize), training: bool, options: &BenchOptions) -> Peaks {
     let backward = match options.precision {
         Some(Precision::Bf16) if training => Products::Bf16Pairs,
         _ => Products::Single,
     };
-    Ok(peaks(&Executor::new(threads, isa), backward))
+    peaks(&Executor::new(threads, isa), backward)
 }
 
 /// The table of the engine's buffers by owner.

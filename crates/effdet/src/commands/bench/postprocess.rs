@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::distribution::Distribution;
 use crate::cli::PostprocessBenchOptions;
-use crate::commands::host::{ForeignLoad, cpu_name};
+use crate::commands::host::{ForeignLoad, cpu_name, write_foreign};
 use crate::commands::model::resolve_hparams;
 use crate::npy;
 
@@ -93,6 +93,7 @@ pub fn run(options: &PostprocessBenchOptions) -> Result<()> {
         out,
         "  candidates {candidates_ms:.2} ms, suppression {suppression_ms:.2} ms"
     )?;
+    write_foreign(&mut out, foreign_cores)?;
     Ok(())
 }
 
