@@ -1,6 +1,8 @@
 //! The kernels against a scalar float64 reference, and against themselves on other instruction sets and thread counts.
 
 use super::*;
+use crate::arena::AlignedBuf;
+use crate::storage::PassProducts;
 
 /// Values in [−1, 1) from a counter.
 fn values(len: usize, seed: u32) -> Vec<f32> {
