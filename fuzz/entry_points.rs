@@ -1,11 +1,12 @@
 //! Where bytes from outside enter `effdet-data`. Each of these takes any bytes and must come back: without a panic, and without
 //! taking memory that the bytes merely ask for.
 
+use std::ops::Range;
 use std::path::Path;
 
 use effdet_data::decode::{DecodeOptions, decode_rgb, probe};
 use effdet_data::header;
-use effdet_data::jpeg::{JpegDecoder, Region};
+use effdet_data::jpeg::{JpegDecoder, Reduction, Region};
 use effdet_data::report::{Faults, LoadOptions};
 use effdet_data::tfrecord::framing::RecordReader;
 use effdet_data::{coco, tfrecord, voc, yolo};
@@ -118,7 +119,20 @@ fn jpeg_region(bytes: &[u8], options: &DecodeOptions) {
         x: width / 3..width,
         y: height / 4..height - height / 3,
     };
-    if decoder.decode(bytes, &region).is_none() {
+    for reduction in &Reduction::ALL[1..] {
+        let reduced = |pixels: &Range<usize>| pixels.start / reduction.factor()..reduction.of(pixels.end);
+        let region = Region {
+            x: reduced(&region.x),
+            y: reduced(&region.y),
+        };
+        if decoder.decode(bytes, &region, *reduction).is_some() {
+            let mut colours = [(); 3].map(|()| vec![0; region.x.len()]);
+            for y in region.y {
+                decoder.row(y, &region.x, colours.each_mut().map(Vec::as_mut_slice));
+            }
+        }
+    }
+    if decoder.decode(bytes, &region, Reduction::NONE).is_none() {
         return;
     }
     let whole = decode_rgb(bytes, options).expect("what is taken in part is taken whole");

@@ -1,6 +1,7 @@
 //! One sample and one batch of network inputs.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use effdet_model::assign::{AssignScratch, Assigner};
 use effdet_model::engine::{ImageBatch, Targets, TrainBatch};
@@ -14,7 +15,7 @@ use crate::cache::ImageCache;
 use crate::dataset::Example;
 use crate::decode::{DecodeOptions, decode_rgb};
 use crate::error::{DataError, Result};
-use crate::jpeg::JpegDecoder;
+use crate::jpeg::{JpegDecoder, Reduction};
 use crate::preprocess::{Placement, PreprocessConfig, place_image};
 use crate::resize::Placer;
 
@@ -109,7 +110,8 @@ pub struct Preparation {
     pub skip_crowd: bool,
     /// Seed of flips and jitter.
     pub seed: u64,
-    /// Where decoded images are kept; none = decoded each time.
+    /// Where decoded images are kept; none = decoded each time. Not used where images are turned by their orientation or decoded in
+    /// reduced size.
     pub cache: Option<Arc<ImageCache>>,
 }
 
@@ -124,6 +126,51 @@ pub struct Scratch {
     boxes_yxyx_px: Vec<[f32; 4]>,
     classes: Vec<i32>,
     assign: AssignScratch,
+}
+
+impl Scratch {
+    /// The sample's boxes in input pixels, those of which nothing is left apart, with their classes.
+    fn place_boxes(&mut self, config: &PreprocessConfig, placement: &Placement) {
+        self.boxes_yxyx_px.clear();
+        self.classes.clear();
+        for (&corners, &class) in self.boxes_yxyx_norm.iter().zip(&self.sample_classes) {
+            if let Some(placed) = placement.place_box(config, corners) {
+                self.boxes_yxyx_px.push(placed);
+                self.classes.push(class);
+            }
+        }
+    }
+}
+
+/// Where the time of one sample went.
+struct Times {
+    last: Instant,
+    decode_us: u64,
+    prepare_us: u64,
+}
+
+impl Times {
+    fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            decode_us: 0,
+            prepare_us: 0,
+        }
+    }
+
+    fn lap_us(&mut self) -> u64 {
+        let now = Instant::now();
+        let lap = now - std::mem::replace(&mut self.last, now);
+        lap.as_micros() as u64
+    }
+
+    fn decoded(&mut self) {
+        self.decode_us = self.lap_us();
+    }
+
+    fn prepared(&mut self) {
+        self.prepare_us = self.lap_us();
+    }
 }
 
 /// A training sample as the network sees it.
@@ -182,33 +229,14 @@ impl Preparation {
         let example = &examples[key.index as usize];
         let at = batch.len();
         let size = batch.height * batch.width * 3;
-        let placement = match assigner {
-            Some(_) if self.augment.is_on(key.pass) => {
-                let clock = std::time::Instant::now();
-                let image = self.decode(examples, key.index)?;
-                batch.decode_us += clock.elapsed().as_micros() as u64;
-                let clock = std::time::Instant::now();
-                let (sample, placement) = self.augment(examples, image, key)?;
-                let out = &mut batch.images[at * size..][..size];
-                place_image(&self.preprocess, &sample.image, &placement, out);
-                (scratch.boxes_yxyx_norm, scratch.sample_classes) = (sample.boxes_yxyx_norm, sample.classes);
-                batch.prepare_us += clock.elapsed().as_micros() as u64;
-                placement
-            }
-            _ => self.place(batch, (example, key), assigner.is_some(), scratch)?,
-        };
+        let out = &mut batch.images[at * size..][..size];
+        let (placement, times) = self.fill(out, examples, key, assigner.is_some(), scratch)?;
+        batch.decode_us += times.decode_us;
+        batch.prepare_us += times.prepare_us;
 
         if let Some(assigner) = assigner {
-            let clock = std::time::Instant::now();
-            let config = &self.preprocess;
-            scratch.boxes_yxyx_px.clear();
-            scratch.classes.clear();
-            for (&corners, &class) in scratch.boxes_yxyx_norm.iter().zip(&scratch.sample_classes) {
-                if let Some(placed) = placement.place_box(config, corners) {
-                    scratch.boxes_yxyx_px.push(placed);
-                    scratch.classes.push(class);
-                }
-            }
+            let clock = Instant::now();
+            scratch.place_boxes(&self.preprocess, &placement);
             let anchors = assigner.num_anchors();
             let positives = assigner.assign_with(
                 &mut scratch.assign,
@@ -227,24 +255,50 @@ impl Preparation {
         Ok(())
     }
 
-    /// Decodes and places an example whose pixels nothing else changes: as the training sample of its key, or for evaluation.
+    /// Decodes and places an example: as the training sample of its key, its objects in `scratch`, or for evaluation.
+    fn fill(
+        &self,
+        out: &mut [f32],
+        examples: &[Example],
+        key: SampleKey,
+        training: bool,
+        scratch: &mut Scratch,
+    ) -> Result<(Placement, Times)> {
+        if !training || !self.augment.is_on(key.pass) {
+            return self.place(out, (&examples[key.index as usize], key), training, scratch);
+        }
+        let mut times = Times::start();
+        let image = self.decode(examples, key.index)?;
+        times.decoded();
+        let (sample, placement) = self.augment(examples, image, key)?;
+        place_image(&self.preprocess, &sample.image, &placement, out);
+        (scratch.boxes_yxyx_norm, scratch.sample_classes) = (sample.boxes_yxyx_norm, sample.classes);
+        times.prepared();
+        Ok((placement, times))
+    }
+
+    /// [`Self::fill`] where nothing but the placement changes the pixels.
     ///
     /// The placement is known before the image is decoded, so that only what it shows need be.
     fn place(
         &self,
-        batch: &mut Batch,
+        out: &mut [f32],
         (example, key): (&Example, SampleKey),
         training: bool,
         scratch: &mut Scratch,
-    ) -> Result<Placement> {
+    ) -> Result<(Placement, Times)> {
         let config = &self.preprocess;
-        let at = batch.len() * batch.height * batch.width * 3;
-        let out = &mut batch.images[at..][..batch.height * batch.width * 3];
         let placement = |(width, height): (usize, usize)| match training {
             true => Placement::draw(config, height, width, self.seed, key.pass, key.index),
             false => Placement::evaluation(config, height, width),
         };
-        let clock = std::time::Instant::now();
+        let reduction = |(width, height): (usize, usize), placement: &Placement| match training {
+            true if config.reduced_decode => {
+                Reduction::leaving([(width, placement.scaled_width), (height, placement.scaled_height)])
+            }
+            _ => Reduction::NONE,
+        };
+        let mut times = Times::start();
         let kept = self.cached(example, key.index, &mut scratch.encoded)?;
         if kept.is_none() {
             (example.source).read_into(self.max_encoded_bytes, &mut scratch.encoded)?;
@@ -256,17 +310,16 @@ impl Preparation {
         let fits = |&(width, height): &(usize, usize)| (width * height) as u64 <= self.decode.max_pixels;
         let decoded = opened.filter(fits).and_then(|size| {
             let placement = placement(size);
-            let region = scratch.placer.plan(config, size, &placement);
-            scratch.jpeg.decode(&scratch.encoded, region)?;
+            let reduction = reduction(size, &placement);
+            let region = scratch.placer.plan(config, size, &placement, reduction);
+            scratch.jpeg.decode(&scratch.encoded, region, reduction)?;
             Some((size, placement))
         });
         let (size, placement) = match decoded {
             Some((size, placement)) => {
                 self.check_size(example, (size.0 as u32, size.1 as u32))?;
-                batch.decode_us += clock.elapsed().as_micros() as u64;
-                let clock = std::time::Instant::now();
+                times.decoded();
                 scratch.placer.place(config, &mut scratch.jpeg, out);
-                batch.prepare_us += clock.elapsed().as_micros() as u64;
                 (size, placement)
             }
             None => {
@@ -274,21 +327,20 @@ impl Preparation {
                     Some(image) => image,
                     None => Arc::new(self.decode_bytes(example, &scratch.encoded)?),
                 };
-                batch.decode_us += clock.elapsed().as_micros() as u64;
-                let clock = std::time::Instant::now();
+                times.decoded();
                 let size = (image.width() as usize, image.height() as usize);
                 let placement = placement(size);
-                scratch.placer.plan(config, size, &placement);
+                scratch.placer.plan(config, size, &placement, Reduction::NONE);
                 scratch.placer.place(config, &mut &*image, out);
-                batch.prepare_us += clock.elapsed().as_micros() as u64;
                 (size, placement)
             }
         };
+        times.prepared();
         if training {
             let (boxes, classes) = (&mut scratch.boxes_yxyx_norm, &mut scratch.sample_classes);
             self.objects(example, size, boxes, classes)?;
         }
-        Ok(placement)
+        Ok((placement, times))
     }
 
     /// What the network sees of a training sample.
@@ -296,16 +348,15 @@ impl Preparation {
     /// # Errors
     /// Those of [`Self::append`].
     pub fn training_view(&self, examples: &[Example], key: SampleKey) -> Result<TrainingView> {
-        let image = self.decode(examples, key.index)?;
-        let (sample, placement) = self.augment(examples, image, key)?;
         let size = self.preprocess.image_size;
         let mut pixels = vec![0.0; size.height * size.width * 3];
-        place_image(&self.preprocess, &sample.image, &placement, &mut pixels);
-        let (boxes, classes) = placed(&self.preprocess, &sample, &placement);
+        let mut scratch = Scratch::default();
+        let (placement, _) = self.fill(&mut pixels, examples, key, true, &mut scratch)?;
+        scratch.place_boxes(&self.preprocess, &placement);
         Ok(TrainingView {
             pixels,
-            boxes_yxyx_px: boxes,
-            classes,
+            boxes_yxyx_px: scratch.boxes_yxyx_px,
+            classes: scratch.classes,
         })
     }
 
@@ -337,8 +388,9 @@ impl Preparation {
 
     /// The image of an example from the cache, decoded for it where it has room; none where it has not.
     fn cached(&self, example: &Example, index: u64, encoded: &mut Vec<u8>) -> Result<Option<Arc<RgbImage>>> {
-        // Images are kept as they are stored, not as they are turned.
-        let Some(cache) = self.cache.as_ref().filter(|_| !self.decode.apply_orientation) else {
+        // Images are kept as they are stored: neither turned nor reduced.
+        let as_stored = !self.decode.apply_orientation && !self.preprocess.reduced_decode;
+        let Some(cache) = self.cache.as_ref().filter(|_| as_stored) else {
             return Ok(None);
         };
         let read = |encoded: &mut Vec<u8>| example.source.read_into(self.max_encoded_bytes, encoded);
@@ -428,12 +480,4 @@ impl Preparation {
         }
         Ok(())
     }
-}
-
-/// Boxes left after placing, in input pixels, with their class indices.
-fn placed(config: &PreprocessConfig, sample: &Sample, placement: &Placement) -> (Vec<[f32; 4]>, Vec<i32>) {
-    let placed = |(&b, &class): (&[f32; 4], &i32)| Some((placement.place_box(config, b)?, class));
-    (sample.boxes_yxyx_norm.iter().zip(&sample.classes))
-        .filter_map(placed)
-        .unzip()
 }

@@ -405,8 +405,18 @@ mod tests {
         augment: AugmentConfig,
         cache: Option<Arc<ImageCache>>,
     ) -> Loader {
+        start_preprocessed(dataset, config, PreprocessConfig::new(&hparams()), augment, cache)
+    }
+
+    fn start_preprocessed(
+        dataset: &DetectionDataset,
+        config: LoaderConfig,
+        preprocess: PreprocessConfig,
+        augment: AugmentConfig,
+        cache: Option<Arc<ImageCache>>,
+    ) -> Loader {
         let preparation = Preparation {
-            preprocess: PreprocessConfig::new(&hparams()),
+            preprocess,
             augment,
             decode: Default::default(),
             max_encoded_bytes: 1 << 20,
@@ -668,6 +678,49 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn reduced_decoding_changes_the_training_samples_that_shrink_to_half_and_nothing_else() {
+        let dataset = dataset(7);
+        let read = |reduced_decode, mode, workers, cache| -> Vec<Batch> {
+            let config = LoaderConfig {
+                batch_size: 1,
+                shard: Shard::WHOLE,
+                workers,
+                prefetch: 3,
+                mode,
+            };
+            let mut preprocess = PreprocessConfig::new(&hparams());
+            // An evaluation shrinks the images of 48 pixels to half too.
+            preprocess.image_size = ImageSize::square(24);
+            preprocess.target_size = ImageSize::square(64);
+            preprocess.reduced_decode = reduced_decode;
+            let mut loader = start_preprocessed(&dataset, config, preprocess, Default::default(), cache);
+            take(&mut loader, 7)
+        };
+        let training = LoaderMode::Train { start_position: 0 };
+        let (whole, reduced) = (read(false, training, 0, None), read(true, training, 0, None));
+        let mut changed = 0;
+        for (whole, reduced) in whole.iter().zip(&reduced) {
+            // 1/s: pixels of the image per pixel of the input.
+            let shrinks = reduced.image_scales[0] >= 2.0;
+            assert_eq!(
+                whole.images != reduced.images,
+                shrinks,
+                "{}",
+                reduced.image_scales[0]
+            );
+            assert_eq!(whole.class_targets, reduced.class_targets);
+            assert_eq!(whole.box_targets, reduced.box_targets);
+            changed += usize::from(shrinks);
+        }
+        assert!((1..7).contains(&changed), "{changed} of 7 samples shrink");
+        assert_eq!(read(true, training, 2, None), reduced, "other workers");
+        let cache = Arc::new(ImageCache::in_memory(7, u64::MAX));
+        assert_eq!(read(true, training, 0, Some(cache)), reduced, "with a cache");
+        let evaluation = LoaderMode::Evaluate;
+        assert_eq!(read(true, evaluation, 0, None), read(false, evaluation, 0, None));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use effdet_model::rng::{Draws, Purpose};
 use half::f16;
 use image::RgbImage;
 
+use crate::jpeg::Reduction;
 use crate::resize::Placer;
 
 /// Number format that pixels are normalised and resized in; they are delivered as float32 either way.
@@ -35,6 +36,8 @@ pub struct PreprocessConfig {
     pub jitter_max: f32,
     /// Flip with probability one half.
     pub random_flip: bool,
+    /// Decode training images in the reduced size that their scale leaves.
+    pub reduced_decode: bool,
     /// Number format of the pixels.
     pub(crate) precision: PixelPrecision,
     /// Normalised value of every byte, per colour.
@@ -56,6 +59,7 @@ impl PreprocessConfig {
             jitter_min: hparams.jitter_min as f32,
             jitter_max: hparams.jitter_max as f32,
             random_flip: hparams.input_rand_hflip,
+            reduced_decode: hparams.reduced_decode,
             precision,
             lut: normalization_table(hparams, precision),
         }
@@ -196,6 +200,7 @@ pub fn place_image(config: &PreprocessConfig, image: &RgbImage, placement: &Plac
         config,
         (image.width() as usize, image.height() as usize),
         placement,
+        Reduction::NONE,
     );
     placer.place(config, &mut &*image, out);
 }
@@ -203,6 +208,7 @@ pub fn place_image(config: &PreprocessConfig, image: &RgbImage, placement: &Plac
 /// The plain version of [`place_image`]: every step of the reference on whole images.
 #[cfg(test)]
 fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &Placement) -> Vec<f32> {
+    use crate::resize::Axis;
     let (w, h) = (image.width() as usize, image.height() as usize);
     let mut normalized = vec![0.0f32; w * h * 3];
     for y in 0..h {
@@ -220,7 +226,7 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
     };
     let (sh, sw) = (placement.scaled_height, placement.scaled_width);
     let taps = |input, output| -> Vec<crate::resize::Tap> {
-        crate::resize::taps(config.resize_rule, input, output, 0, output).collect()
+        crate::resize::taps(config.resize_rule, Axis::whole(input), output, 0, output).collect()
     };
     let (ys, xs) = (taps(h, sh), taps(w, sw));
     let mut resized = vec![0.0f32; sh * sw * 3];
@@ -250,7 +256,7 @@ fn place_image_plainly(config: &PreprocessConfig, image: &RgbImage, placement: &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::resize::{Tap, taps};
+    use crate::resize::{Axis, Tap, taps};
     use image::Rgb;
     use proptest::prelude::*;
     use serde_json::Value;
@@ -418,7 +424,7 @@ mod tests {
     fn four_samples_resized_to_six_follow_their_rule() {
         let resize = |rule| -> Vec<f32> {
             let at = |tap: Tap| tap.low as f32 + (tap.high as f32 - tap.low as f32) * tap.weight;
-            taps(rule, 4, 6, 0, 6).map(at).collect()
+            taps(rule, Axis::whole(4), 6, 0, 6).map(at).collect()
         };
         for (rule, expected) in [
             (ResizeRule::Legacy, [0.0, 0.667, 1.333, 2.0, 2.667, 3.0]),

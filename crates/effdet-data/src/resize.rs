@@ -6,7 +6,7 @@ use effdet_model::hparams::{ImageSize, ResizeRule};
 use image::RgbImage;
 use wide::f32x4;
 
-use crate::jpeg::{JpegDecoder, Region};
+use crate::jpeg::{JpegDecoder, Reduction, Region};
 use crate::preprocess::{PixelPrecision, Placement, PreprocessConfig, round_to_f16};
 
 /// Pixels that come by rows.
@@ -42,24 +42,60 @@ pub(crate) struct Tap {
     pub(crate) weight: f32,
 }
 
-/// Taps of output samples `first..first + count` when `input` samples are resized to `output`.
+/// Samples of a source, across or down, and the pixels that they stand for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Axis {
+    /// Pixels of the image.
+    pixels: usize,
+    /// Samples that there are.
+    samples: usize,
+    /// Pixels per sample.
+    step: f32,
+    /// Where sample 0 lies, in pixels.
+    first: f32,
+}
+
+impl Axis {
+    /// Every pixel is a sample.
+    #[cfg(test)]
+    pub(crate) fn whole(pixels: usize) -> Self {
+        Self::reduced(pixels, Reduction::NONE, false)
+    }
+
+    /// Samples lie in the middle of their pixels; counted from the other end where the image is mirrored.
+    fn reduced(pixels: usize, reduction: Reduction, mirrored: bool) -> Self {
+        let (samples, factor) = (reduction.of(pixels), reduction.factor());
+        // From the other end, the last sample comes first and may stand for fewer pixels.
+        let missing = if mirrored { samples * factor - pixels } else { 0 };
+        Self {
+            pixels,
+            samples,
+            step: factor as f32,
+            first: (factor - 1) as f32 / 2.0 - missing as f32,
+        }
+    }
+}
+
+/// Taps of output samples `first..first + count` when the pixels of `axis` are resized to `output`.
 pub(crate) fn taps(
     rule: ResizeRule,
-    input: usize,
+    axis: Axis,
     output: usize,
     first: usize,
     count: usize,
 ) -> impl Iterator<Item = Tap> {
-    let scale = input as f32 / output as f32;
+    let scale = axis.pixels as f32 / output as f32;
+    let last = axis.samples - 1;
     (first..first + count).map(move |i| {
-        let source = match rule {
+        let pixel = match rule {
             ResizeRule::Legacy => i as f32 * scale,
             ResizeRule::HalfPixel => (i as f32 + 0.5) * scale - 0.5,
         };
+        let source = (pixel - axis.first) / axis.step;
         let floor = source.floor();
         Tap {
-            low: (floor.max(0.0) as usize).min(input - 1),
-            high: (source.ceil().max(0.0) as usize).min(input - 1),
+            low: (floor.max(0.0) as usize).min(last),
+            high: (source.ceil().max(0.0) as usize).min(last),
             weight: source - floor,
         }
     })
@@ -81,7 +117,8 @@ pub struct Placer {
 }
 
 impl Placer {
-    /// Works out what an image of `width` × `height` pixels shows under `placement`: the pixels that [`Self::place`] will read.
+    /// Works out what an image of `width` × `height` pixels shows under `placement`: the pixels that [`Self::place`] will read, in the
+    /// reduced size.
     ///
     /// # Panics
     /// When the image is empty.
@@ -90,16 +127,19 @@ impl Placer {
         config: &PreprocessConfig,
         (width, height): (usize, usize),
         placement: &Placement,
+        reduction: Reduction,
     ) -> &Region {
         assert!(width > 0 && height > 0, "an image has pixels");
         let out = config.image_size;
         let rows = out.height.min(placement.scaled_height - placement.offset_y);
         let columns = out.width.min(placement.scaled_width - placement.offset_x);
         let rule = config.resize_rule;
+        let down = Axis::reduced(height, reduction, false);
+        let across = Axis::reduced(width, reduction, placement.flip);
         self.rows.clear();
         self.rows.extend(taps(
             rule,
-            height,
+            down,
             placement.scaled_height,
             placement.offset_y,
             rows,
@@ -107,14 +147,15 @@ impl Placer {
         self.columns.clear();
         self.columns.extend(taps(
             rule,
-            width,
+            across,
             placement.scaled_width,
             placement.offset_x,
             columns,
         ));
         if placement.flip {
+            let last = across.samples - 1;
             for tap in &mut self.columns {
-                (tap.low, tap.high) = (width - 1 - tap.low, width - 1 - tap.high);
+                (tap.low, tap.high) = (last - tap.low, last - tap.high);
             }
         }
         let reach = |taps: &[Tap]| {
@@ -230,5 +271,87 @@ impl Placer {
             // The fourth value is overwritten by the next pixel.
             line[3 * index..][..4].copy_from_slice(value.as_array());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use effdet_model::hparams::HParams;
+    use image::{GrayImage, Luma};
+
+    /// On a slope of 3/7 of a level per pixel, a shift by half a pixel would be one by a fifth of a level. The width leaves an
+    /// incomplete last sample, which comes first where the image is mirrored.
+    #[test]
+    fn an_image_decoded_in_reduced_size_lies_where_the_whole_one_does() {
+        let (width, height) = (203, 149);
+        let slopes = GrayImage::from_fn(width, height, |x, y| Luma([((3 * x + 2 * y) / 7) as u8]));
+        let mut jpeg = Vec::new();
+        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 100)
+            .encode_image(&slopes)
+            .unwrap();
+        let mut hparams = HParams::preset("d0").unwrap();
+        hparams.image_size = ImageSize::square(128);
+        hparams.mean_rgb = [0.0; 3];
+        hparams.stddev_rgb = [1.0; 3];
+        hparams.profile = effdet_model::hparams::Profile::Google;
+        let size = (width as usize, height as usize);
+        let (mut decoder, mut placer) = (JpegDecoder::default(), Placer::default());
+        let mut seen = [false; 9];
+        for rule in [ResizeRule::Legacy, ResizeRule::HalfPixel] {
+            hparams.resize_rule = rule;
+            let config = PreprocessConfig::new(&hparams);
+            for (jitter, flip) in [0.1f32, 0.15, 0.25, 0.37, 0.6]
+                .into_iter()
+                .flat_map(|jitter| [(jitter, false), (jitter, true)])
+            {
+                let u = (jitter - config.jitter_min) / (config.jitter_max - config.jitter_min);
+                let placement = Placement::training(&config, size.1, size.0, [u, 0.0, 0.0], flip);
+                let strongest = Reduction::leaving([
+                    (size.0, placement.scaled_width),
+                    (size.1, placement.scaled_height),
+                ]);
+                seen[strongest.factor()] = true;
+                let mut place = |reduction| {
+                    decoder.open(&jpeg).unwrap();
+                    let region = placer.plan(&config, size, &placement, reduction);
+                    decoder.decode(&jpeg, region, reduction).unwrap();
+                    let mut out = vec![f32::NAN; 128 * 128 * 3];
+                    placer.place(&config, &mut decoder, &mut out);
+                    out
+                };
+                let (whole, reduced) = (place(Reduction::NONE), place(strongest));
+                let reach = strongest.factor() * placement.scaled_width / size.0 + 1;
+                let (rows, columns) = (placement.scaled_height.min(128), placement.scaled_width.min(128));
+                let mut sum = 0.0;
+                let mut count = 0;
+                for y in reach..rows - reach {
+                    for x in reach..columns - reach {
+                        let at = (y * 128 + x) * 3;
+                        let difference = reduced[at] - whole[at];
+                        assert!(
+                            difference.abs() < 1.6,
+                            "{rule}, {jitter}, flip {flip}: {x}, {y}: {difference}"
+                        );
+                        sum += f64::from(difference);
+                        count += 1;
+                    }
+                }
+                // Bytes are rounded, so the mean shows a shift that single pixels hide.
+                let mean = sum / f64::from(count);
+                println!(
+                    "{rule}, {jitter}, flip {flip}, by {}: mean difference {mean:.3}",
+                    strongest.factor()
+                );
+                assert!(
+                    mean.abs() < 0.1,
+                    "{rule}, {jitter}, flip {flip}: mean difference {mean}"
+                );
+            }
+        }
+        assert!(
+            seen[2] && seen[4],
+            "the scales ask for several reductions: {seen:?}"
+        );
     }
 }

@@ -273,7 +273,20 @@ fn options_of_augmentation_set_what_the_hyper_parameters_do_in_training_and_view
     };
     let expected = sheet(&format!("--augmented {hparams}"), "hparams.png");
     assert_eq!(sheet(options, "options.png"), expected);
-    assert_ne!(sheet("--augmented", "plain.png"), expected);
+    let plain = sheet("--augmented", "plain.png");
+    assert_ne!(plain, expected);
+    let reduced = sheet("--reduced-decode --hparams jitter_max=0.2", "reduced.png");
+    assert_eq!(
+        sheet(
+            "--augmented --hparams reduced_decode=true,jitter_max=0.2",
+            "again.png"
+        ),
+        reduced
+    );
+    assert_ne!(
+        sheet("--augmented --hparams jitter_max=0.2", "whole.png"),
+        reduced
+    );
     for (wrong, told) in [
         ("--augment v0,v1", "one policy"),
         ("--augment none,gridmask", "nothing else"),

@@ -451,6 +451,8 @@ fn preparation_of_samples_is_timed_stage_by_stage() {
     }
     let message = scratch.fail(1, "bench data --data shapes --cache-dir x");
     assert!(message.contains("--cache disk"), "{message}");
+    let message = scratch.fail(1, "bench data --data shapes --cache ram --reduced-decode");
+    assert!(message.contains("give one of them"), "{message}");
     let message = scratch.fail(1, "bench data --data shapes --passes 0");
     assert!(message.contains("--passes"), "{message}");
 }

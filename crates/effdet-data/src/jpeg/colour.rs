@@ -16,12 +16,12 @@ pub(super) fn upsample_row(
     filtered: &mut Vec<u8>,
     out: &mut Vec<u8>,
 ) {
-    let width = plane.size.0 * 8;
+    let (width, height) = plane.extent();
     let (first, last) = (columns.start / 2, (columns.end - 1) / 2);
     // With one neighbour on each side.
     let count = last + 1 - first;
     filtered.resize(count + 2, 0);
-    let held = plane.columns.start * 8;
+    let held = plane.first_column();
     let (low, high) = (first.saturating_sub(1), (last + 2).min(width));
     let part = low - held..high - held;
     let inner = &mut filtered[usize::from(first == 0)..][..part.len()];
@@ -29,7 +29,7 @@ pub(super) fn upsample_row(
         let near = y / 2;
         let far = match y % 2 {
             0 => near.saturating_sub(1),
-            _ => (near + 1).min(plane.size.1 * 8 - 1),
+            _ => (near + 1).min(height - 1),
         };
         let (near, far) = (&plane.row(near)[part.clone()], &plane.row(far)[part]);
         for ((out, &near), &far) in inner.iter_mut().zip(near).zip(far) {

@@ -12,9 +12,9 @@ use wide::{i16x8, i32x4, i32x8, u8x16};
 pub(super) const EXACT_SUM: u32 = 5800;
 
 /// Rounding of the first pass.
-const FIRST: i32 = 512;
+pub(super) const FIRST: i32 = 512;
 /// Rounding of the second pass, with the level shift.
-const SECOND: i32 = 512 + 65536 + (128 << 17);
+pub(super) const SECOND: i32 = 512 + 65536 + (128 << 17);
 
 /// Places of rows and columns in [`Packed`]: 0 with 4, 2 with 6, 1 with 3, 5 with 7.
 const PLACE: [usize; 8] = [0, 4, 2, 5, 1, 6, 3, 7];
@@ -27,7 +27,7 @@ pub(super) const fn packed_index(row: usize, column: usize) -> usize {
     (PLACE[row] / 2) * 16 + PLACE[column] * 2 + PLACE[row] % 2
 }
 
-const fn pair(a: i16, b: i16) -> i16x8 {
+pub(super) const fn pair(a: i16, b: i16) -> i16x8 {
     i16x8::new([a, b, a, b, a, b, a, b])
 }
 
@@ -69,7 +69,7 @@ fn pass<const SPARSE: bool, const SHIFT: i32>([a, b, c, d]: [i16x8; 4], rounding
 }
 
 #[inline(always)]
-fn narrow(low: i32x4, high: i32x4) -> i16x8 {
+pub(super) fn narrow(low: i32x4, high: i32x4) -> i16x8 {
     i16x8::from_i32x8_saturate(cast::<[i32x4; 2], i32x8>([low, high]))
 }
 
@@ -137,13 +137,15 @@ pub(super) fn idct_plainly(block: &[i32; 64], out: &mut [u8], stride: usize) {
     }
 }
 
+/// Weights of the frequencies in the upper four samples; in the lower four, mirrored, odd ones have the other sign.
+pub(super) const WEIGHTS: [[i32; 8]; 4] = [
+    [4096, 5683, 5352, 4816, 4096, 3219, 2217, 1131],
+    [4096, 4816, 2217, -1129, -4096, -5681, -5350, -3218],
+    [4096, 3219, -2217, -5681, -4096, 1132, 5350, 4816],
+    [4096, 1131, -5352, -3218, 4096, 4816, -2217, -5680],
+];
+
 fn pass_plainly(input: [i32; 8], rounding: i32) -> [i32; 8] {
-    const WEIGHTS: [[i32; 8]; 4] = [
-        [4096, 5683, 5352, 4816, 4096, 3219, 2217, 1131],
-        [4096, 4816, 2217, -1129, -4096, -5681, -5350, -3218],
-        [4096, 3219, -2217, -5681, -4096, 1132, 5350, 4816],
-        [4096, 1131, -5352, -3218, 4096, 4816, -2217, -5680],
-    ];
     std::array::from_fn(|index| {
         let mirrored = index >= 4;
         let weights = WEIGHTS[if mirrored { 7 - index } else { index }];

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::header::{Component, Header, Tables, ZIGZAG};
 use super::huffman::{Bits, END_OF_BLOCK, HuffmanTable, SPECIAL};
 use super::idct::{EXACT_SUM, Packed, flat_sample, idct, idct_plainly, packed_index};
+use super::reduced::{reduced_idct, reduced_idct_plainly};
 
 /// Entropy-coded data without stuffing and markers.
 #[derive(Debug, Default)]
@@ -56,6 +57,8 @@ impl Entropy {
 #[derive(Debug, Default)]
 pub(super) struct Plane {
     pub(super) samples: Vec<u8>,
+    /// Rows and columns of samples that a block has: 8, or 4, 2, 1 in reduced size.
+    pub(super) side: usize,
     /// Columns of blocks that are held.
     pub(super) columns: Range<usize>,
     /// Rows of blocks that are held.
@@ -65,19 +68,35 @@ pub(super) struct Plane {
 }
 
 impl Plane {
-    /// Makes room for some of `size` blocks.
-    pub(super) fn hold(&mut self, size: (usize, usize), columns: Range<usize>, rows: Range<usize>) {
-        self.samples.resize(columns.len() * rows.len() * 64, 0);
-        (self.size, self.columns, self.rows) = (size, columns, rows);
+    /// Makes room for some of `size` blocks of `side` × `side` samples.
+    pub(super) fn hold(
+        &mut self,
+        side: usize,
+        size: (usize, usize),
+        columns: Range<usize>,
+        rows: Range<usize>,
+    ) {
+        self.samples.resize(columns.len() * rows.len() * side * side, 0);
+        (self.side, self.size, self.columns, self.rows) = (side, size, columns, rows);
+    }
+
+    /// Samples of the whole plane: across, down.
+    pub(super) fn extent(&self) -> (usize, usize) {
+        (self.size.0 * self.side, self.size.1 * self.side)
+    }
+
+    /// First column of samples that is held.
+    pub(super) fn first_column(&self) -> usize {
+        self.columns.start * self.side
     }
 
     pub(super) fn stride(&self) -> usize {
-        self.columns.len() * 8
+        self.columns.len() * self.side
     }
 
     /// Row `y` of the whole plane: the samples that are held.
     pub(super) fn row(&self, y: usize) -> &[u8] {
-        &self.samples[(y - self.rows.start * 8) * self.stride()..][..self.stride()]
+        &self.samples[(y - self.rows.start * self.side) * self.stride()..][..self.stride()]
     }
 }
 
@@ -117,6 +136,18 @@ struct Wide([i32; 64]);
 impl Sink for Wide {
     fn put(&mut self, position: usize, value: i32, quantizer: &[u8; 64]) {
         self.0[usize::from(ZIGZAG[position])] = value * i32::from(quantizer[position]);
+    }
+}
+
+/// The coefficient of frequency 0 alone.
+struct Mean(i32);
+
+impl Sink for Mean {
+    #[inline(always)]
+    fn put(&mut self, position: usize, value: i32, quantizer: &[u8; 64]) {
+        if position == 0 {
+            self.0 = value * i32::from(quantizer[0]);
+        }
     }
 }
 
@@ -207,9 +238,20 @@ impl<'a> Coder<'a> {
         }
     }
 
-    /// Reads one block and transforms it.
+    /// Reads one block and transforms it to `SIDE` × `SIDE` samples.
     #[inline(never)]
-    fn decode(&mut self, bits: &mut Bits<'_>, out: &mut [u8], stride: usize) -> Option<()> {
+    fn decode<const SIDE: usize>(
+        &mut self,
+        bits: &mut Bits<'_>,
+        out: &mut [u8],
+        stride: usize,
+    ) -> Option<()> {
+        if SIDE == 1 {
+            let mut mean = Mean(0);
+            self.read(bits, &mut mean)?;
+            out[0] = flat_sample(mean.0);
+            return Some(());
+        }
         let before = (*bits, self.prediction);
         let mut narrow = Narrow {
             block: [0; 64],
@@ -220,14 +262,20 @@ impl<'a> Coder<'a> {
             (*bits, self.prediction) = before;
             let mut wide = Wide([0; 64]);
             self.read(bits, &mut wide)?;
-            idct_plainly(&wide.0, out, stride);
+            match SIDE {
+                8 => idct_plainly(&wide.0, out, stride),
+                _ => reduced_idct_plainly(SIDE, &wide.0, out, stride),
+            }
         } else if last == 0 {
             let sample = flat_sample(i32::from(narrow.block[0]));
-            (0..8).for_each(|row| out[row * stride..][..8].fill(sample));
-        } else if last < 10 {
-            idct::<true>(&narrow.block, out, stride);
+            (0..SIDE).for_each(|row| out[row * stride..][..SIDE].fill(sample));
         } else {
-            idct::<false>(&narrow.block, out, stride);
+            match SIDE {
+                2 => reduced_idct::<2>(&narrow.block, out, stride),
+                4 => reduced_idct::<4>(&narrow.block, out, stride),
+                _ if last < 10 => idct::<true>(&narrow.block, out, stride),
+                _ => idct::<false>(&narrow.block, out, stride),
+            }
         }
         Some(())
     }
@@ -290,10 +338,16 @@ pub(super) fn decode(
                 for row in unit_row * down..(unit_row + 1) * down {
                     for column in unit_column * across..(unit_column + 1) * across {
                         if plane.rows.contains(&row) && plane.columns.contains(&column) {
-                            let stride = plane.stride();
-                            let at =
-                                (row - plane.rows.start) * 8 * stride + (column - plane.columns.start) * 8;
-                            coder.decode(&mut bits, &mut plane.samples[at..], stride)?;
+                            let (side, stride) = (plane.side, plane.stride());
+                            let at = (row - plane.rows.start) * side * stride
+                                + (column - plane.columns.start) * side;
+                            let out = &mut plane.samples[at..];
+                            match side {
+                                8 => coder.decode::<8>(&mut bits, out, stride)?,
+                                4 => coder.decode::<4>(&mut bits, out, stride)?,
+                                2 => coder.decode::<2>(&mut bits, out, stride)?,
+                                _ => coder.decode::<1>(&mut bits, out, stride)?,
+                            }
                         } else {
                             coder.skip(&mut bits)?;
                         }

@@ -65,6 +65,9 @@ pub struct HParams {
     /// Last epochs without mosaic and mixup.
     #[serde(default)]
     pub close_mosaic: f64,
+    /// Decode training images in the reduced size that their scale leaves: faster, and other pixels than the reference's.
+    #[serde(default)]
+    pub reduced_decode: bool,
     /// Mean subtracted by the loader, RGB, in units of `[0, 255]`.
     pub mean_rgb: [f64; 3],
     /// Deviation divided by in the loader, RGB, in units of `[0, 255]`.

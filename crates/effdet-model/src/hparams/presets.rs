@@ -116,6 +116,7 @@ impl HParams {
             mosaic: 0.0,
             mixup: 0.0,
             close_mosaic: 10.0,
+            reduced_decode: false,
             mean_rgb: [0.485 * 255.0, 0.456 * 255.0, 0.406 * 255.0],
             stddev_rgb: [0.229 * 255.0, 0.224 * 255.0, 0.225 * 255.0],
             resize_rule: ResizeRule::Legacy,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use effdet_data::cache::ImageCache;
 use effdet_data::dataset::DetectionDataset;
+use effdet_model::hparams::HParams;
 
 use super::host::available_bytes;
 use super::memory::gb;
@@ -16,6 +17,7 @@ use crate::cli::CacheArgs;
 /// `needed_bytes`: what the command takes beside it. `default_folder`: of a disk cache.
 pub fn image_cache(
     args: &CacheArgs,
+    hparams: &HParams,
     dataset: &DetectionDataset,
     needed_bytes: u64,
     default_folder: &Path,
@@ -28,6 +30,10 @@ pub fn image_cache(
     ensure!(
         args.cache_limit.is_none() || args.cache != "none",
         "--cache-limit limits --cache ram or --cache disk: give one of them"
+    );
+    ensure!(
+        args.cache == "none" || !hparams.reduced_decode,
+        "--cache keeps whole images, --reduced-decode decodes each as small as its sample needs: give one of them"
     );
     let decoded: u64 = (dataset.examples.iter())
         .map(|example| 3 * u64::from(example.width) * u64::from(example.height))

@@ -64,6 +64,7 @@ pub fn apply_augmentation(args: &AugmentArgs, hparams: &mut HParams) -> Result<(
             *slot = value;
         }
     }
+    hparams.reduced_decode |= args.reduced_decode;
     hparams.validate()?;
     Ok(())
 }

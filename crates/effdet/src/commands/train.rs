@@ -296,7 +296,13 @@ fn execute(
         config.train.accumulate,
         args.step_memory(config.train.precision),
     )?;
-    let cache = image_cache(&args.cache, &data.train, needed, &run_dir.join("cache"))?;
+    let cache = image_cache(
+        &args.cache,
+        &config.hparams,
+        &data.train,
+        needed,
+        &run_dir.join("cache"),
+    )?;
     if let Some((_, line)) = cache.as_ref().filter(|_| !quiet) {
         tell!("{line}");
     }

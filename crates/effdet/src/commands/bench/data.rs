@@ -30,7 +30,7 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
     dataset.examples.truncate(options.limit.unwrap_or(usize::MAX));
     ensure!(!dataset.examples.is_empty(), "there is no image to prepare");
     let mut preparation = preparation(&hparams, &label_map_of(&dataset)?, options.seed);
-    let cache = image_cache(&options.cache, &dataset, 0, Path::new("cache"))?;
+    let cache = image_cache(&options.cache, &hparams, &dataset, 0, Path::new("cache"))?;
     preparation.cache = cache.as_ref().map(|(cache, _)| Arc::clone(cache));
     let assigner = Assigner::new(&Anchors::new(&AnchorConfig::from(&hparams))?);
     let images = dataset.examples.len();
