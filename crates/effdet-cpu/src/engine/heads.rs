@@ -5,10 +5,10 @@
 use effdet_model::network::{Head, Level, Network};
 
 use super::batch_norm::BatchNormState;
+use super::build::{Beside, BuildContext};
 use super::gradients::Gradients;
 use super::pass::Pass;
 use super::timeline::Step;
-use super::{Beside, BuildContext};
 use crate::arena::AlignedBuf;
 use crate::kernels::depthwise::{self, DepthwisePlan};
 use crate::kernels::elementwise::{self, Activate, ActivateBackward, Source};
