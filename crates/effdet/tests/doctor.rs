@@ -115,6 +115,39 @@ fn coco_names_on_1_to_80(scratch: &Scratch) {
     }
 }
 
+/// COCO's names under COCO's ids.
+fn coco_categories(scratch: &Scratch) {
+    let categories: Vec<Value> = (LabelMap::coco().categories())
+        .map(|(id, name)| json!({"id": id.0, "name": name}))
+        .collect();
+    for file in [TRAIN, VAL] {
+        change(scratch, file, |tree| tree["categories"] = json!(categories));
+    }
+}
+
+/// Training images of four times the size, with boxes of `width` × `height` pixels.
+fn enlarge(scratch: &Scratch, (width, height): (f64, f64)) {
+    train(scratch, |tree| {
+        for image in list(tree, "images") {
+            let file = scratch.path(&format!("shapes/train/{}", image["file_name"].as_str().unwrap()));
+            let small = image::open(&file).unwrap();
+            small
+                .resize_exact(512, 256, image::imageops::FilterType::Nearest)
+                .save(&file)
+                .unwrap();
+            (image["width"], image["height"]) = (json!(512), json!(256));
+        }
+        elongate(tree, [8.0, 20.0, width, height]);
+    });
+}
+
+/// Gives every object a box, and the area that says how large it is.
+fn elongate(tree: &mut Value, bbox: [f64; 4]) {
+    for annotation in list(tree, "annotations") {
+        (annotation["bbox"], annotation["area"]) = (json!(bbox), json!(bbox[2] * bbox[3]));
+    }
+}
+
 fn rename_first_category(tree: &mut Value) {
     tree["categories"][0]["name"] = json!("disc");
 }
@@ -209,6 +242,19 @@ fn cases() -> Vec<Case> {
                 change(s, file, rename_first_category);
             }
         }) },
+        Case { options: "--data shapes --checkpoint run", ..case("outputs-differ", "warning", "checkpoint run: 90 class outputs", "--num-classes", |s| {
+            coco_categories(s);
+            s.train("run", "--max-steps 1 --num-classes 90");
+        }) },
+        Case { options: "--data shapes --checkpoint run --num-classes 91", ..case("outputs-differ", "warning", "--num-classes: 91 class outputs", "starts anew", |s| {
+            coco_categories(s);
+            s.train("run", "--max-steps 1 --num-classes 90");
+        }) },
+        Case { options: "--data shapes --checkpoint run", ..case("outputs-differ", "error", "the categories need 90", "as many outputs", |s| {
+            s.train("run", "--max-steps 1");
+            coco_categories(s);
+        }) },
+        Case { options: "--data shapes --num-classes 80", ..case("outputs-differ", "error", "80 class outputs; the categories need 90", "as many outputs", coco_categories) },
         case("box-convention", "error", "far corner", convention, |s| train(s, |tree| each_box(tree, |[x, y, w, h]| [x, y, x + w, y + h]))),
         case("box-convention", "error", "changed places", convention, |s| train(s, |tree| each_box(tree, |[x, y, w, h]| [y, x, h, w]))),
         Case { options: files, ..case("box-outside", "warning", "000000.jpg, record 1:", "correct or remove", |s| train(s, |tree| {
@@ -227,6 +273,10 @@ fn cases() -> Vec<Case> {
         case("unknown-image", "error", "image id 555", "add the images", |s| train(s, |tree| tree["annotations"][0]["image_id"] = json!(555))),
         case("missing-file", "error", "000003.jpg", "copy what is missing", |s| fs::remove_file(s.path("shapes/train/000003.jpg")).unwrap()),
         case("undecodable", "error", "000003.jpg", "--on-corrupt skip", |s| fs::write(s.path("shapes/train/000003.jpg"), "no image").unwrap()),
+        case("undecodable", "error", "000003.jpg", "--on-corrupt skip", |s| {
+            fs::remove_file(s.path("shapes/train/000003.jpg")).unwrap();
+            fs::create_dir(s.path("shapes/train/000003.jpg")).unwrap();
+        }),
         Case { options: "--data records", ..case("damaged-record", "error", "train-00000-of-00002.tfrecord", "--on-corrupt skip", |s| {
             to_records(s);
             let shard = s.path("records/train-00000-of-00002.tfrecord");
@@ -243,6 +293,8 @@ fn cases() -> Vec<Case> {
         case("anchor-recall", "warning", "--hparams anchor_scale=", "larger --image-size", |s| train(s, |tree| {
             each_box(tree, |[x, y, ..]| [x.min(120.0), y.min(56.0), 3.0, 3.0]);
         })),
+        case("anchor-recall", "warning", "medium boxes", "see the anchors", |s| train(s, |tree| elongate(tree, [8.0, 5.0, 110.0, 10.0]))),
+        case("anchor-recall", "warning", "large boxes", "see the anchors", |s| enlarge(s, (480.0, 24.0))),
         case("imbalance", "note", "times as frequent as square (1)", "examples of the rare ones", |s| train(s, |tree| {
             let one = |id: u32, image: u32, category: u32| {
                 let bbox = [64.0 + f64::from(id % 16) * 2.0, f64::from(id % 17) * 2.0, 24.0, 24.0];
@@ -344,6 +396,50 @@ fn training_refuses_records_of_captions_with_the_explanation() {
         message.contains("get_coco.sh") && message.contains("instances_train2017.json"),
         "{message}"
     );
+}
+
+/// A checkpoint of the same classes and another number of outputs is a trap that training names before it starts.
+#[test]
+fn fine_tuning_with_another_number_of_outputs_is_warned_of() {
+    let scratch = sound();
+    coco_categories(&scratch);
+    scratch.train("run", "--max-steps 1 --num-classes 90");
+    let tune = |outputs: usize| {
+        let finished = scratch.run(&format!(
+            "train --data shapes --image-size 64 --batch-size 4 --max-steps 1 --num-classes {outputs} \
+             --pretrained-ckpt run --run-dir tuned-{outputs}"
+        ));
+        assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+        finished.stderr
+    };
+    let warned = tune(91);
+    for told in [
+        "checkpoint run: 90 class outputs",
+        "this run: 91 class outputs",
+        "--num-classes",
+    ] {
+        assert!(warned.contains(told), "{told}\n{warned}");
+    }
+    assert!(!tune(90).contains("class outputs;"));
+}
+
+/// Root reads everything, so nothing is shown where tests run as root.
+#[cfg(unix)]
+#[test]
+fn a_file_without_permission_is_named() {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = sound();
+    let file = scratch.path("shapes/train/000003.jpg");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o000)).unwrap();
+    if fs::read(&file).is_ok() {
+        println!("skipped: this user may read every file");
+        return;
+    }
+    let finished = scratch.run("data doctor --data shapes --image-size 512");
+    assert_eq!(finished.code, Some(1));
+    for told in ["undecodable", "000003.jpg", "ermission"] {
+        assert!(finished.stdout.contains(told), "{told}\n{}", finished.stdout);
+    }
 }
 
 fn copy_folder(from: &Path, to: &Path) {

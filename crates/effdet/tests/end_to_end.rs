@@ -167,6 +167,40 @@ fn threads_instruction_sets_loader_workers_and_what_is_kept_leave_the_bits_alone
     assert_ne!(scratch.hashes("one"), scratch.hashes("other_seed"));
 }
 
+/// Whatever changes the pixels is drawn by (seed, pass, image), so a restart in the middle changes nothing; and it is part of the run.
+#[test]
+fn a_run_with_every_augmentation_goes_on_with_the_same_bits_and_with_no_others() {
+    let scratch = Scratch::with_data();
+    for (name, options) in [
+        (
+            "augmented",
+            "--augment randaugment,gridmask --mosaic 0.5 --mixup 0.5 --hsv --close-mosaic 1",
+        ),
+        ("reduced", "--reduced-decode --hparams jitter_max=0.4"),
+    ] {
+        let (whole, parts) = (format!("{name}-whole"), format!("{name}-parts"));
+        scratch.train(&whole, &format!("{options} --max-steps 3 --workers 2"));
+        scratch.train(&parts, &format!("{options} --max-steps 1 --workers 0"));
+        scratch.train(&parts, "--resume --max-steps 3 --workers 1");
+        assert_eq!(scratch.hashes(&whole), scratch.hashes(&parts), "{name}");
+    }
+    scratch.train("plain", "--max-steps 3");
+    assert_ne!(scratch.hashes("plain"), scratch.hashes("augmented-whole"));
+    scratch.train("whole", "--hparams jitter_max=0.4 --max-steps 3");
+    assert_ne!(scratch.hashes("whole"), scratch.hashes("reduced-whole"));
+    for (other, key) in [
+        ("--mosaic 1", "mosaic"),
+        ("--reduced-decode", "reduced_decode"),
+        ("--hsv", "hsv_s"),
+    ] {
+        let message = scratch.fail(
+            1,
+            &format!("train --data shapes --image-size 64 --batch-size 4 --epochs 2 --run-dir plain --resume {other}"),
+        );
+        assert!(message.contains(&format!("hparams.{key}: ")), "{message}");
+    }
+}
+
 #[test]
 fn a_trained_checkpoint_is_evaluated_run_and_traced() {
     let scratch = Scratch::with_data();

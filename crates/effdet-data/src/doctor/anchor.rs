@@ -286,14 +286,15 @@ fn suggest(boxes: &[Placed], config: &AnchorConfig) -> Option<Suggestion> {
     })
 }
 
-/// Width by height of narrow, usual and wide boxes, in twentieths.
+/// Width by height of narrow, usual and wide boxes, in twentieths; at least a factor apart, so that no anchor is there twice.
 fn typical_ratios(sample: &[&Placed]) -> [f64; 3] {
+    const APART: f64 = 1.5;
     let mut ratios: Vec<f64> = sample.iter().map(|placed| placed.width / placed.height).collect();
     ratios.sort_by(f64::total_cmp);
-    [1, 3, 5].map(|sixth| {
-        let ratio = ratios.get(ratios.len() * sixth / 6).copied().unwrap_or(1.0);
-        ((ratio * 20.0).round() / 20.0).clamp(0.05, 20.0)
-    })
+    let [narrow, usual, wide] =
+        [1, 3, 5].map(|sixth| ratios.get(ratios.len() * sixth / 6).copied().unwrap_or(1.0));
+    [narrow.min(usual / APART), usual, wide.max(usual * APART)]
+        .map(|ratio| ((ratio * 20.0).round() / 20.0).clamp(0.05, 20.0))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use effdet_model::label_map::LabelMap;
 
 use super::findings::{Check, Instance, Problem, Severity};
-use super::{ClassMap, Split};
+use super::{ClassMap, ClassOutputs, Split};
 use crate::dataset::Category;
 use crate::inspect::statistics;
 
@@ -216,6 +216,32 @@ pub(super) fn compare(splits: &[Split], maps: &[ClassMap], problems: &mut Vec<Pr
             problems,
         );
     }
+}
+
+/// Fewer outputs than categories, which is an error, or two numbers of them: 80, 90 and 91 are all said to be COCO's.
+pub(super) fn outputs(outputs: &ClassOutputs, problems: &mut Vec<Problem>) {
+    let needed = outputs.needed;
+    let instances = |given: &mut dyn Iterator<Item = &(String, usize)>| -> Vec<Instance> {
+        let told = |(source, count): &(String, usize)| {
+            let what = format!("{source}: {count} class outputs; the categories need {needed}");
+            Instance::file(source, what)
+        };
+        given.map(told).collect()
+    };
+    let lacking = instances(&mut outputs.given.iter().filter(|(_, count)| *count < needed));
+    let all = instances(&mut outputs.given.iter());
+    let differ = outputs.given.windows(2).any(|pair| pair[0].1 != pair[1].1);
+    let (found, severity) = match lacking.is_empty() {
+        false => (lacking, Severity::Error),
+        true if differ => (all, Severity::Warning),
+        true => return,
+    };
+    let detail = (found.iter().map(|instance| instance.what.as_str()))
+        .collect::<Vec<_>>()
+        .join(", ");
+    let source = outputs.given.first().map_or("", |(source, _)| source);
+    let problem = Problem::new(Check::OutputsDiffer, source, found.len(), found);
+    problems.push(problem.detail(detail).severity(severity));
 }
 
 /// One problem with both maps side by side where they differ.

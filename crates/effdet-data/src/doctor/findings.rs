@@ -83,6 +83,9 @@ checks! {
     /// Two class maps do not agree.
     ClassMapDiffers = "class-map-differs", Error, "class maps differ",
         "use one class map for every split, the evaluation file and the checkpoint; renumber the one that is wrong";
+    /// Numbers of class outputs do not agree.
+    OutputsDiffer = "outputs-differ", Warning, "numbers of class outputs do not agree",
+        "give --num-classes of the checkpoint, or take one with as many outputs: the class predictor of another starts anew";
     /// An object without a category.
     NoCategory = "no-category", Error, "objects without a category", "give every object a category, or remove it";
     /// An annotation without a box.

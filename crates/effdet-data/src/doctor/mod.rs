@@ -49,6 +49,15 @@ pub struct ClassMap {
     pub may_lack: bool,
 }
 
+/// Numbers of class outputs that have to agree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClassOutputs {
+    /// Outputs that the categories of the data need.
+    pub needed: usize,
+    /// Outputs that there are, with where: a checkpoint, a run.
+    pub given: Vec<(String, usize)>,
+}
+
 /// How closely images are looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
@@ -67,6 +76,8 @@ pub struct Options {
     pub anchors: Option<(String, AnchorConfig)>,
     /// Other class maps.
     pub class_maps: Vec<ClassMap>,
+    /// Class outputs to compare.
+    pub class_outputs: Option<ClassOutputs>,
     /// Splits that must not share images with the first one.
     pub held_out: Vec<String>,
     /// Most objects of an image that evaluation of the reference's kind can take.
@@ -85,6 +96,7 @@ impl Default for Options {
             depth: Depth::Full,
             anchors: None,
             class_maps: Vec::new(),
+            class_outputs: None,
             held_out: Vec::new(),
             max_objects_per_image: 100,
             decode: DecodeOptions::default(),
@@ -163,6 +175,9 @@ pub fn examine(splits: &[Split], options: &Options, progress: &(dyn Fn(usize) + 
         });
     }
     classes::compare(splits, &options.class_maps, &mut problems);
+    if let Some(outputs) = &options.class_outputs {
+        classes::outputs(outputs, &mut problems);
+    }
     let held_out = |split: &&Split| options.held_out.contains(&split.name);
     if let Some((first, rest)) = splits.split_first() {
         let first_figures = &figures[0];

@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 use effdet_data::dataset::Category;
 use effdet_data::doctor::{
-    Check, ClassMap, Depth, Diagnosis, HtmlOptions, Instance, Options, Problem, Severity, Split, examine,
-    page,
+    Check, ClassMap, ClassOutputs, Depth, Diagnosis, HtmlOptions, Instance, Options, Problem, Severity,
+    Split, examine, page,
 };
 use effdet_data::error::DataError;
 use effdet_data::layout::Layout;
@@ -22,7 +22,7 @@ use effdet_model::label_map::LabelMap;
 use super::checkpoint::Trained;
 use super::model::{apply_overrides, resolve_hparams};
 use super::progress::Progress;
-use super::run_config::RunData;
+use super::run_config::{RunData, class_outputs, label_map_of};
 use super::sources::{self, Part};
 use crate::cli::{DoctorArgs, SourceArgs};
 
@@ -35,12 +35,20 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let splits = load(args, &mut unreadable)?;
     let mut class_maps = Vec::new();
     let mut hparams = resolve_hparams(&args.model, "d0")?;
+    let label_map = match splits.first() {
+        Some(split) => label_map_of(&split.dataset).ok(),
+        None => None,
+    };
+    let mut given = Vec::new();
     if let Some(path) = &args.checkpoint {
         let trained = Trained::open(path)?;
-        class_maps.push(class_map(
-            format!("checkpoint {}", path.display()),
-            &trained.label_map,
-        ));
+        let source = format!("checkpoint {}", path.display());
+        class_maps.push(class_map(source.clone(), &trained.label_map));
+        given.push((source, trained.hparams.num_classes));
+        if args.model.num_classes.is_none() && label_map.as_ref() == Some(&trained.label_map) {
+            let outputs = class_outputs(&trained.label_map, hparams.profile);
+            given.push(("training on this data".to_owned(), outputs));
+        }
         hparams = trained.hparams;
         apply_overrides(&mut hparams, &args.model.hparams)?;
         if let Some(size) = args.model.image_size {
@@ -54,8 +62,15 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
             may_lack: true,
         });
     }
+    if let Some(outputs) = args.model.num_classes {
+        given.push(("--num-classes".to_owned(), outputs));
+    }
     let options = Options {
         depth: if args.quick { Depth::Quick } else { Depth::Full },
+        class_outputs: label_map.map(|map| ClassOutputs {
+            needed: map.min_num_classes(),
+            given,
+        }),
         anchors: Some((model_name(&hparams), AnchorConfig::from(&hparams))),
         class_maps,
         held_out: vec![args.source.val_split.clone(), "test".into()],
@@ -284,18 +299,32 @@ pub fn before_training(
             report: origin.report.clone(),
         });
     }
-    let mut class_maps = Vec::new();
-    // Weights of other classes are replaced where they do not fit; the same number of classes under other names is a trap.
-    if let Some(trained) = pretrained.and_then(|path| Trained::open(path).ok())
-        && trained.label_map.min_num_classes() == hparams.num_classes
+    let (mut class_maps, mut outputs) = (Vec::new(), None);
+    if let Some(path) = pretrained
+        && let Ok(trained) = Trained::open(path)
     {
-        let source = pretrained.map_or_else(String::new, |path| path.display().to_string());
-        class_maps.push(class_map(format!("checkpoint {source}"), &trained.label_map));
+        let source = format!("checkpoint {}", path.display());
+        let label_map = label_map_of(&data.train)?;
+        // Weights of other classes are replaced where they do not fit; the same number of classes under other names is a trap.
+        if trained.label_map.min_num_classes() == label_map.min_num_classes() {
+            class_maps.push(class_map(source.clone(), &trained.label_map));
+        }
+        // So is another number of outputs for the same classes.
+        if trained.label_map == label_map {
+            outputs = Some(ClassOutputs {
+                needed: label_map.min_num_classes(),
+                given: vec![
+                    (source, trained.hparams.num_classes),
+                    ("this run".to_owned(), hparams.num_classes),
+                ],
+            });
+        }
     }
     let options = Options {
         depth: Depth::Quick,
         anchors: Some((model_name(hparams), AnchorConfig::from(hparams))),
         class_maps,
+        class_outputs: outputs,
         max_objects_per_image: hparams.max_instances_per_image,
         ..Options::default()
     };

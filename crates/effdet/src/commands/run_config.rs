@@ -166,6 +166,15 @@ pub fn label_map_of(dataset: &DetectionDataset) -> Result<LabelMap> {
     Ok(LabelMap::new(Indexing::Contiguous, categories)?)
 }
 
+/// Class outputs of a model for these classes, where none are asked for.
+pub fn class_outputs(label_map: &LabelMap, profile: Profile) -> usize {
+    match (label_map.indexing(), profile) {
+        (Indexing::IdMinusOne, Profile::Seed) => 91,
+        (Indexing::IdMinusOne, Profile::Google) => 90,
+        (Indexing::Contiguous, _) => label_map.min_num_classes(),
+    }
+}
+
 const DEFAULT_BATCH: usize = 8;
 
 /// Configuration of a run of `ranks` processes on the user's data, and that data.
@@ -175,12 +184,7 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<(RunConfig, RunData)>
     let data = source.load(args.eval_samples)?;
     let label_map = label_map_of(&data.train)?;
     if args.model.num_classes.is_none() {
-        let coco = label_map.indexing() == Indexing::IdMinusOne;
-        hparams.num_classes = match (coco, hparams.profile) {
-            (true, Profile::Seed) => 91,
-            (true, Profile::Google) => 90,
-            (false, _) => label_map.min_num_classes(),
-        };
+        hparams.num_classes = class_outputs(&label_map, hparams.profile);
     }
     let batch_size = memory::batch_size(args, &hparams, DEFAULT_BATCH)?;
     // The published rates are per 64 images.
