@@ -8,6 +8,7 @@
 //! while its boxes speak of objects. Damage inside the scan cannot be told from image data and gives wrong pixels.
 
 use std::io::{BufRead, Cursor, Seek};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::metadata::Orientation;
 use image::{
@@ -168,6 +169,14 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
             reason: format!("its palette of {bytes} bytes is no list of colours of 3 bytes"),
         });
     }
+    if let Some([luma, chroma]) = coarse_first_component(bytes).filter(|_| format == ImageFormat::Jpeg) {
+        return Err(DecodeError::Corrupt {
+            reason: format!(
+                "its frame samples a later component {}x{} times where it samples the first {}x{} times",
+                chroma.0, chroma.1, luma.0, luma.1
+            ),
+        });
+    }
     let mut limits = image::Limits::default();
     // A 16-bit RGBA image needs 8 bytes a pixel, and decoders need some room beside the pixels.
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).max(64 << 20));
@@ -188,9 +197,32 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
         true => decoder.orientation().unwrap_or(Orientation::NoTransforms),
         false => Orientation::NoTransforms,
     };
-    let mut image = DynamicImage::from_decoder(decoder).map_err(corrupt)?;
+    let mut image = guarded(|| DynamicImage::from_decoder(decoder).map_err(corrupt))?;
     image.apply_orientation(orientation);
     Ok(to_rgb8(image))
+}
+
+/// Runs a decoder; one that panics, as decoders of others have done on damaged data, refuses its file.
+fn guarded<T>(decode: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
+    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| {
+        Err(DecodeError::Corrupt {
+            reason: "the decoder ran past its data".to_owned(),
+        })
+    })
+}
+
+/// Sampling, across and down, of the first component of a JPEG's frame and of a later one that it samples more often, which the decoder
+/// has no room for.
+fn coarse_first_component(bytes: &[u8]) -> Option<[(u8, u8); 2]> {
+    let frames = [0xc0..=0xc3, 0xc5..=0xc7, 0xc9..=0xcb, 0xcd..=0xcf];
+    let (_, frame) =
+        JpegSegments::new(bytes).find(|(marker, _)| frames.iter().any(|range| range.contains(marker)))?;
+    let sampling = |component: &[u8; 3]| (component[1] >> 4, component[1] & 15);
+    let components = frame.get(6..)?.as_chunks::<3>().0;
+    let first = sampling(components.first()?);
+    let later =
+        (components.iter().map(sampling)).find(|&(across, down)| across > first.0 || down > first.1)?;
+    Some([first, later])
 }
 
 /// Length of a PNG's palette that ends within a colour, which the decoder would run past.
@@ -512,6 +544,28 @@ mod tests {
                 "{pixel:?}"
             );
         }
+    }
+
+    /// What the decoder has no room for, and ran past; found by fuzzing.
+    #[test]
+    fn a_frame_that_samples_chroma_more_often_than_luma_is_refused() {
+        let whole = include_bytes!("jpeg/fixtures/444.jpg");
+        assert!(decode_rgb(whole, &DecodeOptions::default()).is_ok());
+        let frame = whole.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        for sampling in [0x21, 0x12, 0x23] {
+            let mut bytes = whole.to_vec();
+            // The third of the components, behind marker, length, depth, size and count.
+            bytes[frame + 10 + 2 * 3 + 1] = sampling;
+            let error = decode_rgb(&bytes, &DecodeOptions::default()).unwrap_err();
+            assert!(error.to_string().contains("samples a later component"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_decoder_that_panics_refuses_its_file() {
+        let error = guarded::<()>(|| panic!("as a decoder might")).unwrap_err();
+        assert!(error.to_string().contains("ran past its data"), "{error}");
+        assert!(matches!(guarded(|| Ok(1)), Ok(1)));
     }
 
     #[test]
