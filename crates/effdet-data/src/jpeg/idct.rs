@@ -11,6 +11,9 @@ use wide::{i16x8, i32x4, i32x8, u8x16};
 /// Sum of the absolute coefficients up to which [`idct`] is exact: the first pass multiplies by less than 5.6.
 pub(super) const EXACT_SUM: u32 = 5800;
 
+/// Sum of the absolute coefficients up to which no sum of either pass leaves 32 bits: each coefficient counts 5683·5683/2¹⁰ times at most.
+pub(super) const WRAPPING_SUM: u32 = 60_000;
+
 /// Rounding of the first pass.
 pub(super) const FIRST: i32 = 512;
 /// Rounding of the second pass, with the level shift.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::header::{Component, Header, Tables, ZIGZAG};
 use super::huffman::{Bits, END_OF_BLOCK, HuffmanTable, SPECIAL};
-use super::idct::{EXACT_SUM, Packed, flat_sample, idct, idct_plainly, packed_index};
+use super::idct::{EXACT_SUM, Packed, WRAPPING_SUM, flat_sample, idct, idct_plainly, packed_index};
 use super::reduced::{reduced_idct, reduced_idct_plainly};
 
 /// Entropy-coded data without stuffing and markers.
@@ -258,6 +258,10 @@ impl<'a> Coder<'a> {
             sum: 0,
         };
         let last = self.read(bits, &mut narrow)?;
+        // No encoder makes such blocks of pixels; what they look like is for the full decoder to say.
+        if narrow.sum > WRAPPING_SUM {
+            return None;
+        }
         if narrow.sum > EXACT_SUM {
             (*bits, self.prediction) = before;
             let mut wide = Wide([0; 64]);
