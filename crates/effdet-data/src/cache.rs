@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use image::RgbImage;
 use sha2::{Digest, Sha256};
@@ -20,6 +21,8 @@ use crate::error::{DataError, Result};
 const MAGIC: &[u8; 8] = b"EFFDETRG";
 const HEADER_BYTES: usize = 16;
 const FOOTER_BYTES: usize = 4;
+/// Age at which a file that is not whole belongs to no run any more.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// Keeps decoded images up to a limit; images past it are decoded each time.
 #[derive(Debug)]
@@ -66,8 +69,11 @@ impl ImageCache {
                 .extension()
                 .is_some_and(|extension| extension == "partial")
             {
-                // Of a run that was killed; one that is being written by another run is only lost work.
-                let _ = fs::remove_file(entry.path());
+                // Of a run that was killed, unless it is young: another run may be writing it.
+                let written = entry.metadata().and_then(|metadata| metadata.modified());
+                if written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED)) {
+                    let _ = fs::remove_file(entry.path());
+                }
             } else {
                 used += entry.metadata().map_err(io)?.len();
             }
@@ -158,8 +164,10 @@ fn read(file: &Path) -> Option<RgbImage> {
 }
 
 fn write(file: &Path, image: &RgbImage) -> io::Result<()> {
-    // Several processes may write the same image; the last one to rename wins, with the same content.
-    let partial = file.with_extension(format!("{}.partial", std::process::id()));
+    // Several threads and processes may write the same image; the last one to rename wins, with the same content.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let number = WRITES.fetch_add(1, Ordering::Relaxed);
+    let partial = file.with_extension(format!("{}-{number}.partial", std::process::id()));
     let mut header = MAGIC.to_vec();
     header.extend(image.width().to_le_bytes());
     header.extend(image.height().to_le_bytes());
@@ -181,6 +189,19 @@ fn write(file: &Path, image: &RgbImage) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_that_write_the_same_image_do_not_disturb_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, image) = (folder.path().join("same.rgb"), image(7));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| write(&file, &image).unwrap()));
+            }
+        });
+        assert_eq!(read(&file).as_ref(), Some(&*image));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 
     fn image(value: u8) -> Arc<RgbImage> {
         Arc::new(RgbImage::from_pixel(5, 3, image::Rgb([value, 1, 2])))
@@ -220,9 +241,15 @@ mod tests {
         }
         cache.put(0, b"encoded", &image(9));
         assert_eq!(cache.get(0, b"encoded"), Some(image(9)));
-        fs::write(folder.path().join("x.7.partial"), b"half").unwrap();
-        let again = ImageCache::on_disk(folder.path(), 1 << 20).unwrap();
-        assert_eq!(again.used_bytes(), whole.len() as u64);
+        let partial = folder.path().join("x.7.partial");
+        fs::write(&partial, b"half").unwrap();
+        let again = || ImageCache::on_disk(folder.path(), 1 << 20).unwrap();
+        assert_eq!(again().used_bytes(), whole.len() as u64);
+        assert!(partial.exists(), "another run may be writing it");
+        let long_ago = std::time::SystemTime::now() - 2 * ABANDONED;
+        let file = File::options().write(true).open(&partial).unwrap();
+        file.set_modified(long_ago).unwrap();
+        assert_eq!(again().used_bytes(), whole.len() as u64);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

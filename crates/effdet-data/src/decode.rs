@@ -152,7 +152,7 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
         .map_err(|error| DecodeError::Corrupt {
             reason: error.to_string(),
         })?;
-    let Some(format) = reader.format() else {
+    let Some(format @ (ImageFormat::Jpeg | ImageFormat::Png)) = reader.format() else {
         return Err(DecodeError::UnknownFormat { bytes: bytes.len() });
     };
     if format == ImageFormat::Jpeg {
@@ -181,7 +181,7 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
     // A 16-bit RGBA image needs 8 bytes a pixel, and decoders need some room beside the pixels.
     limits.max_alloc = Some(options.max_pixels.saturating_mul(16).max(64 << 20));
     reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(corrupt)?;
+    let mut decoder = guarded(|| reader.into_decoder().map_err(corrupt))?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > options.max_pixels {
         return Err(DecodeError::TooManyPixels {
@@ -546,7 +546,7 @@ mod tests {
         }
     }
 
-    /// What the decoder has no room for, and ran past; found by fuzzing.
+    /// The decoder has no room for such a frame.
     #[test]
     fn a_frame_that_samples_chroma_more_often_than_luma_is_refused() {
         let whole = include_bytes!("jpeg/fixtures/444.jpg");
@@ -600,8 +600,15 @@ mod tests {
 
     #[test]
     fn other_formats_are_named_as_such() {
-        for bytes in [&b""[..], b"GIF89a....", b"hello"] {
-            assert!(decode_rgb(bytes, &DecodeOptions::default()).is_err());
+        for bytes in [
+            &b""[..],
+            b"hello",
+            b"GIF89a....",
+            b"BM........",
+            b"RIFF....WEBPVP8 ",
+        ] {
+            let error = decode_rgb(bytes, &DecodeOptions::default()).unwrap_err();
+            assert!(matches!(error, DecodeError::UnknownFormat { .. }), "{error}");
         }
     }
 

@@ -125,7 +125,11 @@ fn unknown(split: &Split, problems: &mut Vec<Problem>) {
                 .map(|object| object.category.0),
         );
         for (by, all_fit) in [
-            (1, used.iter().all(|id| known.contains(&(id + 1)))),
+            (
+                1,
+                used.iter()
+                    .all(|id| id.checked_add(1).is_some_and(|next| known.contains(&next))),
+            ),
             (-1, used.iter().all(|id| *id > 0 && known.contains(&(id - 1)))),
         ] {
             if all_fit {

@@ -253,7 +253,7 @@ fn a_fault_in_any_byte_gives_the_pixels_of_the_full_decoder_or_none() {
     }
 }
 
-/// Found by fuzzing: where sums wrap, two decoders of the same arithmetic need not agree.
+/// Where sums wrap, two decoders of the same arithmetic need not agree.
 #[test]
 fn coefficients_that_no_pixels_have_are_left_to_the_full_decoder() {
     let mut decoder = JpegDecoder::default();
