@@ -8,12 +8,12 @@ use crate::arena::{ALIGNMENT, SharedPtr};
 use crate::kernels::Executor;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx512, NativePairs};
-use crate::simd::{PairProduct, Product, Simd, SingleProduct, dispatch, has_native_pairs};
+use crate::simd::{PairProduct, Product, Simd, SingleProduct, dispatch, has_native_bf16};
 use crate::storage::Products;
 
 /// Whether the processor has an instruction for products of bfloat16 pairs that kernels on this executor's instruction set use.
 pub fn has_bf16_products(executor: &Executor) -> bool {
-    has_native_pairs(executor.isa())
+    has_native_bf16(executor.isa())
 }
 
 /// Independent chains of multiply-adds, enough for the latency of any processor.
@@ -106,7 +106,7 @@ pub fn multiply_adds(executor: &Executor, products: Products, turns: usize) -> f
             let (sum, lanes) = match products {
                 Products::Single => single(isa, turns),
                 #[cfg(target_arch = "x86_64")]
-                Products::Bf16Pairs if has_native_pairs(isa) => native_pairs(turns),
+                Products::Bf16Pairs if has_native_bf16(isa) => native_pairs(turns),
                 Products::Bf16Pairs => pairs(isa, turns),
             };
             black_box(sum);

@@ -201,32 +201,45 @@ fn gradient_errors(network: &Network, got: &[f32], expected: &[f32]) -> (f64, f6
     (distance(0..got.len()), each[each.len() / 2])
 }
 
-/// Gradients from float64 in relative distance, with weights and pixels drawn at random: fp32 1.4e-4, fp16 0.19. The network
-/// multiplies rounding by about a thousand here, batch norm over maps of few cells most of all; what halves may cost is what their
-/// digits are fewer.
+/// Gradients from float64 in relative distance, with weights as at the start of a run and pixels drawn at random: fp32 8e-6, fp16
+/// 0.09, bf16 0.22, other images 1.5. The network multiplies rounding by hundreds here, batch norm over maps of few cells most of
+/// all; what halves may cost is what their digits are fewer, and far less than what the choice of images does.
 #[test]
 fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
     let mut hparams = HParams::preset("d0").unwrap();
     hparams.image_size = ImageSize::square(128);
     let network = Arc::new(Network::new(&hparams).unwrap());
     let mut reference = ReferenceEngine::<f64>::new(Arc::clone(&network)).unwrap();
-    let (_, expected) = one_step(&network, &mut reference);
+    let draw = Draw {
+        weights: Weights::init(&network.variables, 1),
+        batch: 4,
+        pixels: 99_999,
+    };
+    let (_, expected) = draw.step(&network, &mut reference);
+    let other = Draw {
+        pixels: 99_998,
+        ..draw.clone()
+    };
+    let (_, of_other) = other.step(&network, &mut fast_engine(Arc::clone(&network)));
+    let (other, _) = gradient_errors(&network, &of_other, &expected);
+    println!("other images: gradient distance {other:.2}");
     let errors = [Precision::Fp32, Precision::Fp16, Precision::Bf16].map(|precision| {
         let options = CpuOptions {
             precision,
             ..CpuOptions::default()
         };
         let mut engine = CpuEngine::new(Arc::clone(&network), options).unwrap();
-        let (_, got) = one_step(&network, &mut engine);
+        let (_, got) = draw.step(&network, &mut engine);
         let (all, median) = gradient_errors(&network, &got, &expected);
         println!("{precision}: gradient distance {all:.1e}, median over variables {median:.1e}");
         all
     });
     let [full, half, brain] = errors;
-    assert!(full < 5e-4, "{full}");
-    // float16 has 13 bits less than float32; bfloat16, in the backward pass alone, 16.
-    assert!(half < full * 2f64.powi(13) && half < 0.4, "{half}");
-    assert!(brain < full * 2f64.powi(16) && brain < 0.4, "{brain}");
+    assert!(full < 3e-5, "{full}");
+    // float16 has 13 bits less than float32, bfloat16 16; float16 rounds tensors that float32 does not round again.
+    assert!(half < full * 2f64.powi(14) && half < 0.15, "{half}");
+    assert!(brain < full * 2f64.powi(16) && brain < 0.3, "{brain}");
+    assert!(other > 1.0, "{other}");
 }
 
 #[test]
@@ -234,7 +247,7 @@ fn a_loss_scale_multiplies_the_gradients_and_nothing_else() {
     let network = odd_network("lite0");
     let mut results = [1.0, 1024.0].map(|loss_scale| {
         let mut engine = fast_engine(Arc::clone(&network));
-        scaled_step(&network, &mut engine, loss_scale)
+        scaled_step(&network, &mut engine, &golden_draw(&network), loss_scale)
     });
     results[1].1.iter_mut().for_each(|gradient| *gradient /= 1024.0);
     assert!(results[0] == results[1]);
@@ -283,8 +296,9 @@ fn iou_losses_agree_with_the_reference_in_float64() {
         hparams.iou_loss_weight = 3.0;
         let network = Arc::new(Network::new(&hparams).unwrap());
         let mut reference = ReferenceEngine::<f64>::new(Arc::clone(&network)).unwrap();
-        let expected = one_step(&network, &mut reference);
-        let got = one_step(&network, &mut fast_engine(Arc::clone(&network)));
+        let draw = golden_draw(&network);
+        let expected = draw.step(&network, &mut reference);
+        let got = draw.step(&network, &mut fast_engine(Arc::clone(&network)));
         assert!(expected.0.box_iou_loss > 0.0);
         for (got, expected) in [
             (got.0.box_iou_loss, expected.0.box_iou_loss),
@@ -314,25 +328,50 @@ fn iou_losses_agree_with_the_reference_in_float64() {
     }
 }
 
-/// Losses and gradients of a step, scaled as float16 needs it on the way.
-fn one_step(network: &Arc<Network>, engine: &mut dyn Engine) -> (StepLosses, Vec<f32>) {
-    let loss_scale = 1024.0;
-    let (losses, mut gradients) = scaled_step(network, engine, loss_scale);
-    gradients.iter_mut().for_each(|gradient| *gradient /= loss_scale);
-    (losses, gradients)
+/// What a step starts from.
+#[derive(Clone)]
+struct Draw {
+    weights: Weights,
+    batch: usize,
+    /// Key of the pixels.
+    pixels: u64,
 }
 
-fn scaled_step(network: &Arc<Network>, engine: &mut dyn Engine, loss_scale: f32) -> (StepLosses, Vec<f32>) {
-    let mut weights = common::golden::weights(network);
+impl Draw {
+    /// Losses and gradients of a step, scaled as float16 needs it on the way.
+    fn step(&self, network: &Arc<Network>, engine: &mut dyn Engine) -> (StepLosses, Vec<f32>) {
+        let loss_scale = 1024.0;
+        let (losses, mut gradients) = scaled_step(network, engine, self, loss_scale);
+        gradients.iter_mut().for_each(|gradient| *gradient /= loss_scale);
+        (losses, gradients)
+    }
+}
+
+/// The weights and pixels of the golden file.
+fn golden_draw(network: &Network) -> Draw {
+    Draw {
+        weights: common::golden::weights(network),
+        batch: 2,
+        pixels: 99_999,
+    }
+}
+
+fn scaled_step(
+    network: &Arc<Network>,
+    engine: &mut dyn Engine,
+    draw: &Draw,
+    loss_scale: f32,
+) -> (StepLosses, Vec<f32>) {
+    let (mut weights, batch) = (draw.weights.clone(), draw.batch);
     let size = network.hparams.image_size;
-    let pixels: Vec<f32> = (0..2 * size.height * size.width * 3)
-        .map(|e| common::golden::hashed(99_999, e) as f32)
+    let pixels: Vec<f32> = (0..batch * size.height * size.width * 3)
+        .map(|e| common::golden::hashed(draw.pixels, e) as f32)
         .collect();
     let anchors = network.num_anchors();
-    let class_targets: Vec<i32> = (0..2 * anchors)
+    let class_targets: Vec<i32> = (0..batch * anchors)
         .map(|e| if e % 97 == 5 { 1 } else { -1 })
         .collect();
-    let box_targets: Vec<f32> = (0..8 * anchors)
+    let box_targets: Vec<f32> = (0..4 * batch * anchors)
         .map(|e| {
             if class_targets[e / 4] >= 0 {
                 0.4 * common::golden::hashed(8, e) as f32
@@ -343,7 +382,7 @@ fn scaled_step(network: &Arc<Network>, engine: &mut dyn Engine, loss_scale: f32)
         .collect();
     let images = effdet_model::engine::ImageBatch {
         pixels: &pixels,
-        batch: 2,
+        batch,
         height: size.height,
         width: size.width,
     };
@@ -352,10 +391,11 @@ fn scaled_step(network: &Arc<Network>, engine: &mut dyn Engine, loss_scale: f32)
         box_targets: &box_targets,
         normalizer: 11.0,
     };
+    let draw_keys: Vec<u64> = (1..=batch as u64).collect();
     let train = TrainBatch {
         images,
         targets,
-        draw_keys: &[1, 2],
+        draw_keys: &draw_keys,
     };
     let mut gradients = vec![0.0; weights.trainable.len()];
     let options = StepOptions {

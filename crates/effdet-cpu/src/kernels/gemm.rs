@@ -9,7 +9,7 @@
 
 use crate::arena::ALIGNMENT;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx512, NativePairs, has_native_pairs};
+use crate::simd::{Avx512, NativePairs, has_native_bf16};
 use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch};
 use crate::storage::{Bf16, Products, Stored};
 
@@ -477,7 +477,7 @@ macro_rules! products {
                 match products {
                     Products::Single => single $(::<$($used),*>)? (isa, args, ahead),
                     #[cfg(target_arch = "x86_64")]
-                    Products::Bf16Pairs if has_native_pairs(isa) => native $(::<$($used),*>)? (args, ahead),
+                    Products::Bf16Pairs if has_native_bf16(isa) => native $(::<$($used),*>)? (args, ahead),
                     Products::Bf16Pairs => pairs $(::<$($used),*>)? (isa, args, ahead),
                 }
             }

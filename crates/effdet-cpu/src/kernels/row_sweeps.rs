@@ -6,7 +6,7 @@
 use std::marker::PhantomData;
 
 use crate::math::Activation;
-use crate::simd::{Simd, dispatch};
+use crate::simd::{Simd, dispatch, dispatch_with_bf16};
 use crate::storage::{Bf16, Stored};
 
 /// Rows that share one load of the channels' vectors.
@@ -60,7 +60,7 @@ unsafe fn sweep_body<S: Simd, T: Sweep>(pass: &T) {
     }
 }
 
-dispatch! {
+dispatch_with_bf16! {
     /// Runs a pass.
     ///
     /// # Safety
@@ -181,8 +181,17 @@ impl Sink for RowsAndPairs {
     unsafe fn put<S: Simd, const R: usize>(self, row: usize, column: usize, values: [S::V; R]) {
         // SAFETY: the promise of whoever made this.
         unsafe {
-            self.rows.put::<S, R>(row, column, values);
-            self.pairs.put::<S, R>(row, column, values);
+            if R == 1 {
+                self.rows.put::<S, R>(row, column, values);
+                self.pairs.put::<S, R>(row, column, values);
+                return;
+            }
+            let target = |row: usize| self.rows.out.add(row * self.rows.stride + column).cast();
+            for (i, pair) in values.chunks_exact(2).enumerate() {
+                let first = row + 2 * i;
+                let lanes = S::pair_and_store_bf16(pair[0], pair[1], [target(first), target(first + 1)]);
+                S::store(self.pairs.out.add(first / 2 * self.pairs.stride + column), lanes);
+            }
         }
     }
 }

@@ -22,9 +22,9 @@ pub use neon::Neon;
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use products::NativePairs;
-pub(crate) use products::{PairProduct, Product, SingleProduct, has_native_pairs};
+pub(crate) use products::{PairProduct, Product, SingleProduct, has_native_bf16};
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{Avx2, Avx512, Avx512Bf16};
 
 /// A vector of [`LANES`](Simd::LANES) f32.
 ///
@@ -75,7 +75,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: the caller promises LANES readable halves.
         unsafe { load_lanes::<Self>(source, |bits| Bf16(bits).to_f32()) }
     }
-    /// Stores upper halves of f32, rounded to nearest, ties to even.
+    /// Stores upper halves of f32, rounded as by [`Bf16::from_f32`].
     unsafe fn store_bf16(target: *mut u16, v: Self::V) {
         // SAFETY: the caller promises LANES writable halves.
         unsafe { store_lanes::<Self>(target, v, |x| Bf16::from_f32(x).0) }
@@ -88,6 +88,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
                 let [low, high] = [low, high].map(|x| u32::from(Bf16::from_f32(x).0));
                 f32::from_bits(high << 16 | low)
             })
+        }
+    }
+    /// [`pair`](Self::pair) that also stores the two rows of `LANES` bfloat16 it is made of.
+    unsafe fn pair_and_store_bf16(low: Self::V, high: Self::V, targets: [*mut u16; 2]) -> Self::V {
+        // SAFETY: no more than the caller promises.
+        unsafe {
+            Self::store_bf16(targets[0], low);
+            Self::store_bf16(targets[1], high);
+            Self::pair(low, high)
         }
     }
     /// The lower halves of pairs.
@@ -329,6 +338,33 @@ macro_rules! dispatch {
     };
 }
 pub(crate) use dispatch;
+
+/// [`dispatch!`] with one more instantiation, for processors that round to bfloat16 by instructions of their own.
+macro_rules! dispatch_with_bf16 {
+    ($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $([$($declared:tt)*] [$($used:ident),*])?
+     ($($arg:ident : $ty:ty),* $(,)?) = $body:ident;) => {
+        $(#[$meta])*
+        $vis unsafe fn $name $(<$($declared)*>)? (isa: $crate::simd::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+            unsafe fn bf16 $(<$($declared)*>)? ($($arg: $ty),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise to the body.
+                unsafe { $body::<$crate::simd::Avx512Bf16 $(, $($used),*)?>($($arg),*) }
+            }
+            $crate::simd::dispatch! {
+                unsafe fn others $([$($declared)*] [$($used),*])? ($($arg: $ty),*) = $body;
+            }
+            #[cfg(target_arch = "x86_64")]
+            if $crate::simd::has_native_bf16(isa) {
+                // SAFETY: the processor has the instructions; the rest is the caller's promise.
+                return unsafe { bf16 $(::<$($used),*>)? ($($arg),*) };
+            }
+            // SAFETY: the caller's promise.
+            unsafe { others $(::<$($used),*>)? (isa, $($arg),*) }
+        }
+    };
+}
+pub(crate) use dispatch_with_bf16;
 
 #[cfg(test)]
 mod tests {

@@ -26,7 +26,7 @@ impl<S: Simd> Product<S> for SingleProduct {
 
 /// Lanes of two bfloat16: the product of the upper halves is added first, then that of the lower ones, each rounded once.
 ///
-/// This is what [`NativePairs`] computes, except that the processor's instruction takes values below 2⁻¹²⁶ as 0.
+/// This is what [`NativePairs`] computes, except that the processor's instruction takes sums below 2⁻¹²⁶ as 0.
 pub(crate) struct PairProduct;
 
 impl<S: Simd> Product<S> for PairProduct {
@@ -78,8 +78,8 @@ impl Product<Avx2> for NativePairs {
     }
 }
 
-/// Whether products of pairs have an instruction of their own (AVX-512 BF16) where kernels run on `isa`.
-pub(crate) fn has_native_pairs(isa: Isa) -> bool {
+/// Whether products of pairs and rounding to bfloat16 have instructions of their own (AVX-512 BF16) where kernels run on `isa`.
+pub(crate) fn has_native_bf16(isa: Isa) -> bool {
     #[cfg(target_arch = "x86_64")]
     return isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]

@@ -12,6 +12,21 @@ pub struct Avx2;
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 
+/// [`Avx512`] where the processor rounds to bfloat16 by instructions of its own (AVX-512 BF16).
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512Bf16;
+
+/// Places of halves that lie in turn in two runs of 16.
+static INTERLEAVED: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
 /// Eight ones and eight zeros: the mask for n lanes starts at 8 − n.
 static MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 
@@ -28,7 +43,7 @@ fn mask_16(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
-/// Bits whose upper halves are those of bfloat16, rounded to nearest, ties to even.
+/// Bits whose upper halves are those of bfloat16 as [`Bf16::from_f32`](crate::storage::Bf16::from_f32) rounds.
 #[inline(always)]
 unsafe fn rounded_8(v: __m256) -> __m256i {
     // SAFETY: needs AVX2 only.
@@ -39,11 +54,15 @@ unsafe fn rounded_8(v: __m256) -> __m256i {
         // The carry of a NaN would make it infinite.
         let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
         let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-        _mm256_blendv_epi8(rounded, quiet, is_nan)
+        let rounded = _mm256_blendv_epi8(rounded, quiet, is_nan);
+        let sign = _mm256_set1_epi32(i32::MIN);
+        let exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f80_0000));
+        let is_denormal = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+        _mm256_blendv_epi8(rounded, _mm256_and_si256(bits, sign), is_denormal)
     }
 }
 
-/// As [`rounded_8`]. The processor's own conversion flushes denormals, this one does not.
+/// As [`rounded_8`].
 #[inline(always)]
 unsafe fn rounded_16(v: __m512) -> __m512i {
     // SAFETY: needs AVX-512 F only.
@@ -53,7 +72,9 @@ unsafe fn rounded_16(v: __m512) -> __m512i {
         let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         // The carry of a NaN would make it infinite.
         let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-        _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000))
+        let rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000));
+        let is_denormal = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f80_0000));
+        _mm512_mask_and_epi32(rounded, is_denormal, bits, _mm512_set1_epi32(i32::MIN))
     }
 }
 
@@ -206,7 +227,10 @@ impl Simd for Avx2 {
     }
 }
 
-impl Simd for Avx512 {
+/// Implements [`Simd`] in 512 bits with the methods that round to bfloat16 as given.
+macro_rules! avx512 {
+    ($type:ty: $($rounding:item)*) => {
+impl Simd for $type {
     type V = __m512;
     type Half = Avx2;
     const LANES: usize = 16;
@@ -277,24 +301,6 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
-        // SAFETY: the caller promises 16 writable halves.
-        unsafe {
-            _mm256_storeu_si256(
-                target.cast(),
-                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_16(v))),
-            );
-        }
-    }
-    #[inline(always)]
-    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
-        // SAFETY: needs AVX-512 BW only.
-        unsafe {
-            let (low, high) = (_mm512_srli_epi32::<16>(rounded_16(low)), rounded_16(high));
-            _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
-        }
-    }
-    #[inline(always)]
     unsafe fn pair_low(pairs: Self::V) -> Self::V {
         // SAFETY: needs AVX-512 F only.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(pairs))) }
@@ -333,5 +339,72 @@ impl Simd for Avx512 {
             let mantissa = _mm512_sub_epi32(bits, _mm512_slli_epi32::<23>(exponent));
             (_mm512_castsi512_ps(mantissa), _mm512_cvtepi32_ps(exponent))
         }
+    }
+    $($rounding)*
+}
+    };
+}
+
+avx512! { Avx512:
+    #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 16 writable halves.
+        unsafe {
+            _mm256_storeu_si256(
+                target.cast(),
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_16(v))),
+            );
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 BW only.
+        unsafe {
+            let (low, high) = (_mm512_srli_epi32::<16>(rounded_16(low)), rounded_16(high));
+            _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
+        }
+    }
+}
+
+avx512! { Avx512Bf16:
+    #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller promises 16 writable halves; all types of 256 bits hold any bits.
+        unsafe {
+            let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256(target.cast(), halves);
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 BF16 and BW only.
+        unsafe { interleaved(both_halves(low, high)) }
+    }
+    #[inline(always)]
+    unsafe fn pair_and_store_bf16(low: Self::V, high: Self::V, targets: [*mut u16; 2]) -> Self::V {
+        // SAFETY: the caller promises twice 16 writable halves.
+        unsafe {
+            let halves = both_halves(low, high);
+            _mm256_storeu_si256(targets[0].cast(), _mm512_castsi512_si256(halves));
+            _mm256_storeu_si256(targets[1].cast(), _mm512_extracti64x4_epi64::<1>(halves));
+            interleaved(halves)
+        }
+    }
+}
+
+/// Sixteen bfloat16 of `low`, then those of `high`.
+#[inline(always)]
+unsafe fn both_halves(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: needs AVX-512 BF16 only; all types of 512 bits hold any bits.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// Pairs of the n-th of the first sixteen halves and the n-th of the others.
+#[inline(always)]
+unsafe fn interleaved(halves: __m512i) -> __m512 {
+    // SAFETY: needs AVX-512 BW only.
+    unsafe {
+        let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+        _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))
     }
 }

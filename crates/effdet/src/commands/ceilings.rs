@@ -87,13 +87,13 @@ pub fn fresh_page_us() -> f64 {
 }
 
 /// The ceilings that shares of a stage table are taken of.
-pub fn peaks(executor: &Executor, backward: Products) -> Peaks {
+pub fn peaks(executor: &Executor, pointwise: Products) -> Peaks {
     let gflop_s_of_f32 = gflop_s(executor, Products::Single);
     Peaks {
         gflop_s: gflop_s_of_f32,
-        backward_gflop_s: match backward {
+        pointwise_gflop_s: match pointwise {
             Products::Single => gflop_s_of_f32,
-            Products::Bf16Pairs => gflop_s(executor, backward),
+            Products::Bf16Pairs => gflop_s(executor, pointwise),
         },
         gb_s: read_gb_s(executor, BEYOND_CACHES),
     }

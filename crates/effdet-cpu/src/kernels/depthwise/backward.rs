@@ -8,7 +8,7 @@ use super::super::row_sweeps::{load, store};
 use super::forward::{STRIP_PIXELS, must_stage, stream_strip};
 use super::lines::{ActivateStrip, Strip};
 use super::plan::LANE_GROUP;
-use crate::simd::{Isa, Simd, dispatch};
+use crate::simd::{Isa, Simd, dispatch_with_bf16};
 use crate::storage::Stored;
 
 /// One input line of a part.
@@ -255,7 +255,7 @@ unsafe fn input_line_body<S: Simd, X: Stored, G: Stored, const K: usize, const S
     }
 }
 
-dispatch! {
+dispatch_with_bf16! {
     /// Computes one input line.
     ///
     /// # Safety

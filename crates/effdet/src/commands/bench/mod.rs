@@ -116,11 +116,11 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
 
 /// The ceilings of what was timed.
 fn measured_peaks((isa, threads): (Isa, usize), training: bool, options: &BenchOptions) -> Peaks {
-    let backward = match options.precision {
+    let pointwise = match options.precision {
         Some(Precision::Bf16) if training => Products::Bf16Pairs,
         _ => Products::Single,
     };
-    peaks(&Executor::new(threads, isa), backward)
+    peaks(&Executor::new(threads, isa), pointwise)
 }
 
 /// The table of the engine's buffers by owner.

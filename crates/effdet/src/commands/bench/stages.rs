@@ -70,8 +70,8 @@ impl Cost {
 pub struct Peaks {
     /// Billions of floating-point operations per second with the threads in use.
     pub gflop_s: f64,
-    /// The same for the matrix products of the backward pass, which half precision may make of bfloat16.
-    pub backward_gflop_s: f64,
+    /// The same for the products of pointwise convolutions, which half precision may make of bfloat16.
+    pub pointwise_gflop_s: f64,
     /// Billions of bytes per second from and to main memory.
     pub gb_s: f64,
 }
@@ -168,7 +168,7 @@ impl Entry {
 
     fn gflop_s(&self, peaks: Peaks) -> f64 {
         match self {
-            Self::Engine(_, Kernel::PointwiseBackward) => peaks.backward_gflop_s,
+            Self::Engine(_, Kernel::Pointwise | Kernel::PointwiseBackward) => peaks.pointwise_gflop_s,
             _ => peaks.gflop_s,
         }
     }
@@ -207,16 +207,13 @@ impl StageTable {
         let total: f64 = self.entries.iter().map(|(_, cost)| cost.seconds).sum();
         let rows = self.grouped(|entry| (entry.part(), entry.kernel()));
         if let Some(peaks) = self.peaks {
-            let backward = match peaks.backward_gflop_s == peaks.gflop_s {
+            let pointwise = match peaks.pointwise_gflop_s == peaks.gflop_s {
                 true => String::new(),
-                false => format!(
-                    " ({:.0} in the backward pass's bfloat16 products)",
-                    peaks.backward_gflop_s
-                ),
+                false => format!(" ({:.0} in products of bfloat16)", peaks.pointwise_gflop_s),
             };
             writeln!(
                 out,
-                "  ceilings measured: {:.0} GFLOP/s{backward}, {:.1} GB/s from main memory; what caches keep can exceed the latter",
+                "  ceilings measured: {:.0} GFLOP/s{pointwise}, {:.1} GB/s from main memory; what caches keep can exceed the latter",
                 peaks.gflop_s, peaks.gb_s
             )?;
         }
@@ -280,7 +277,7 @@ impl StageTable {
             .collect();
         let ceilings = self.peaks.map(|peaks| {
             json!({
-                "gflop_s": peaks.gflop_s, "backward_gflop_s": peaks.backward_gflop_s, "gb_s": peaks.gb_s,
+                "gflop_s": peaks.gflop_s, "pointwise_gflop_s": peaks.pointwise_gflop_s, "gb_s": peaks.gb_s,
             })
         });
         json!({ "kernels": kernels, "stages": stages, "ceilings": ceilings })
@@ -357,12 +354,12 @@ mod tests {
             flops: 1 << 20,
             bytes: 1,
         };
-        clock.done(Kernel::Pointwise, work);
+        clock.done(Kernel::Depthwise, work);
         clock.done(Kernel::PointwiseBackward, work);
         clock.end_step();
         let peaks = Peaks {
             gflop_s: 1.0,
-            backward_gflop_s: 2.0,
+            pointwise_gflop_s: 2.0,
             gb_s: 1.0,
         };
         let floors: Vec<f64> = (clock.table(1, Some(peaks)).entries.iter())
