@@ -354,7 +354,7 @@ mod tests {
             flops: 1 << 20,
             bytes: 1,
         };
-        clock.done(Kernel::Depthwise, work);
+        clock.done(Kernel::Stem, work);
         clock.done(Kernel::PointwiseBackward, work);
         clock.end_step();
         let peaks = Peaks {
