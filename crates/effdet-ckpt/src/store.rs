@@ -459,10 +459,24 @@ impl CheckpointStore {
     /// # Errors
     /// [`CkptError::Io`] when the directory cannot be read; a checkpoint that cannot be removed is in [`Pruned::failed`].
     pub fn prune(&self, retention: &Retention) -> Result<Pruned, CkptError> {
-        let readers = self.list()?.complete;
         let mut pruned = Pruned::default();
+        for (step, path) in self.superfluous(retention)? {
+            match self.remove(&path, step) {
+                Ok(()) => pruned.removed.push(step),
+                Err(error) => pruned.failed.push(PassedOver { path, error }),
+            }
+        }
+        Ok(pruned)
+    }
+
+    /// Steps and folders of the checkpoints that [`prune`](Self::prune) would remove.
+    ///
+    /// # Errors
+    /// [`CkptError::Io`] when the directory cannot be read.
+    pub fn superfluous(&self, retention: &Retention) -> Result<Vec<(u64, PathBuf)>, CkptError> {
+        let readers = self.list()?.complete;
         let Some(newest_intact) = readers.iter().rposition(|reader| reader.verify().is_ok()) else {
-            return Ok(pruned);
+            return Ok(Vec::new());
         };
         let mut by_metric: Vec<(f64, u64)> = readers
             .iter()
@@ -471,24 +485,18 @@ impl CheckpointStore {
         by_metric.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
         by_metric.truncate(retention.keep_best);
 
+        let mut superfluous = Vec::new();
         for (index, reader) in readers.iter().enumerate() {
             let step = reader.state().step;
             let keep = index >= newest_intact
                 || index + retention.keep_last >= readers.len()
                 || by_metric.iter().any(|&(_, best)| best == step)
                 || retention.keep_steps.contains(&step);
-            if keep {
-                continue;
-            }
-            match self.remove(reader.path(), step) {
-                Ok(()) => pruned.removed.push(step),
-                Err(error) => pruned.failed.push(PassedOver {
-                    path: reader.path().to_owned(),
-                    error,
-                }),
+            if !keep {
+                superfluous.push((step, reader.path().to_owned()));
             }
         }
-        Ok(pruned)
+        Ok(superfluous)
     }
 
     /// Removes what killed saves left behind and returns it. Call it when no other process saves here.

@@ -87,7 +87,10 @@ impl Region {
     }
 
     /// Goes on to a step: what buffers hold whose lifetime is over is lost.
-    pub fn enter(&self, step: u32) {
+    ///
+    /// # Safety
+    /// Nothing may be borrowed from a buffer whose lifetime does not reach `step`: its bytes become another buffer's.
+    pub(crate) unsafe fn enter(&self, step: u32) {
         self.step.store(step, Ordering::Relaxed);
     }
 }
@@ -349,9 +352,11 @@ mod tests {
                 AlignedBuf::<f32>::in_region(&region, 64, 16, lifetime(3, 3)),
             )
         };
-        region.enter(2);
+        // SAFETY: nothing is borrowed.
+        unsafe { region.enter(2) };
         early.fill(7.0);
-        region.enter(3);
+        // SAFETY: as above.
+        unsafe { region.enter(3) };
         assert_eq!(*late, [7.0; 16]);
         let used = std::panic::catch_unwind(|| early.len());
         assert!(used.is_err());

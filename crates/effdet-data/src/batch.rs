@@ -422,8 +422,7 @@ impl Preparation {
     }
 
     fn check_size(&self, example: &Example, decoded: (u32, u32)) -> Result<()> {
-        let differs = |annotated: u32, decoded: u32| annotated != 0 && annotated != decoded;
-        if differs(example.width, decoded.0) || differs(example.height, decoded.1) {
+        if !example.fits(decoded) {
             return Err(DataError::SizeMismatch {
                 file: example.file_name.clone(),
                 decoded,

@@ -9,7 +9,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -31,7 +31,8 @@ pub struct ImageCache {
     limit_bytes: u64,
     used_bytes: AtomicU64,
     /// Nothing more is kept: a file could not be written.
-    closed: AtomicBool,
+    /// Why no more images are kept.
+    closed: OnceLock<String>,
 }
 
 #[derive(Debug)]
@@ -86,7 +87,7 @@ impl ImageCache {
             place,
             limit_bytes,
             used_bytes: AtomicU64::new(used_bytes),
-            closed: AtomicBool::new(false),
+            closed: OnceLock::new(),
         }
     }
 
@@ -100,6 +101,11 @@ impl ImageCache {
         matches!(self.place, Place::Disk(_))
     }
 
+    /// Why no more images are kept since the first that could not be written; images that are there already are read on.
+    pub fn closed(&self) -> Option<&str> {
+        self.closed.get().map(String::as_str)
+    }
+
     /// The image of example `index`, whose encoded bytes are `encoded` where [`Self::wants_bytes`].
     pub(crate) fn get(&self, index: u64, encoded: &[u8]) -> Option<Arc<RgbImage>> {
         match &self.place {
@@ -111,7 +117,7 @@ impl ImageCache {
     /// Whether an image of this size would be kept.
     pub(crate) fn has_room(&self, (width, height): (u32, u32)) -> bool {
         let bytes = 3 * u64::from(width) * u64::from(height);
-        !self.closed.load(Ordering::Relaxed) && self.used_bytes().saturating_add(bytes) <= self.limit_bytes
+        self.closed.get().is_none() && self.used_bytes().saturating_add(bytes) <= self.limit_bytes
     }
 
     /// Keeps an image if there is room.
@@ -119,7 +125,7 @@ impl ImageCache {
         let bytes = image.as_raw().len() as u64;
         let reserve = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.limit_bytes);
         let reserved = (self.used_bytes).fetch_update(Ordering::Relaxed, Ordering::Relaxed, reserve);
-        if self.closed.load(Ordering::Relaxed) || reserved.is_err() {
+        if self.closed.get().is_some() || reserved.is_err() {
             return;
         }
         let kept = match &self.place {
@@ -127,9 +133,13 @@ impl ImageCache {
                 .get(index as usize)
                 .is_some_and(|slot| slot.set(Arc::clone(image)).is_ok()),
             Place::Disk(folder) => {
-                let written = write(&folder.join(file_name(encoded)), image);
+                let file = folder.join(file_name(encoded));
+                let written = write(&file, image);
                 // A full disk must not end a training that does without.
-                self.closed.fetch_or(written.is_err(), Ordering::Relaxed);
+                if let Err(error) = &written {
+                    self.closed
+                        .get_or_init(|| format!("cannot write {}: {error}", file.display()));
+                }
                 written.is_ok()
             }
         };
@@ -260,6 +270,11 @@ mod tests {
         folder.close().unwrap();
         cache.put(0, b"encoded", &image(1));
         assert!(!cache.has_room((1, 1)));
+        assert!(
+            cache
+                .closed()
+                .is_some_and(|reason| reason.contains("cannot write"))
+        );
         assert_eq!((cache.get(0, b"encoded"), cache.used_bytes()), (None, 0));
     }
 }

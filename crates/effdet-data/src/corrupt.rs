@@ -222,18 +222,14 @@ fn damage(
                 reason,
             },
         )),
-        Ok(image) => {
-            let annotated = (example.width, example.height);
-            let differs = annotated.0 != 0 && annotated.1 != 0 && annotated != image.dimensions();
-            differs.then(|| {
-                let error = DataError::SizeMismatch {
-                    file: example.file_name.clone(),
-                    decoded: image.dimensions(),
-                    annotated,
-                };
-                (FindingKind::SizeDiffers, error)
-            })
-        }
+        Ok(image) => (!example.fits(image.dimensions())).then(|| {
+            let error = DataError::SizeMismatch {
+                file: example.file_name.clone(),
+                decoded: image.dimensions(),
+                annotated: (example.width, example.height),
+            };
+            (FindingKind::SizeDiffers, error)
+        }),
     }
 }
 

@@ -153,6 +153,13 @@ pub struct Example {
     pub objects: Vec<ObjectAnnotation>,
 }
 
+impl Example {
+    /// Whether an image of this width and height is what the annotation says; a side it does not give fits any.
+    pub fn fits(&self, (width, height): (u32, u32)) -> bool {
+        (self.width == 0 || self.width == width) && (self.height == 0 || self.height == height)
+    }
+}
+
 /// A category of a data set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Category {

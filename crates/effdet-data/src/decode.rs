@@ -127,9 +127,7 @@ pub fn probe_reader(mut input: impl BufRead + Seek) -> Result<Probe, DecodeError
         Some(ImageFormat::Png) => "png",
         _ => return Err(DecodeError::UnknownFormat { bytes }),
     };
-    let (width, height) = reader
-        .into_dimensions()
-        .map_err(|error| corrupt(error.to_string()))?;
+    let (width, height) = guarded(|| (reader.into_dimensions()).map_err(|error| corrupt(error.to_string())))?;
     Ok(Probe {
         width,
         height,
@@ -194,7 +192,7 @@ pub fn decode_rgb(bytes: &[u8], options: &DecodeOptions) -> Result<RgbImage, Dec
         return Err(DecodeError::Truncated { bytes: bytes.len() });
     }
     let orientation = match options.apply_orientation {
-        true => decoder.orientation().unwrap_or(Orientation::NoTransforms),
+        true => guarded(|| Ok(decoder.orientation().unwrap_or(Orientation::NoTransforms)))?,
         false => Orientation::NoTransforms,
     };
     let mut image = guarded(|| DynamicImage::from_decoder(decoder).map_err(corrupt))?;

@@ -17,10 +17,12 @@ mod npy;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match commands::run(cli::parse(std::env::args_os()).unwrap_or_else(|error| error.exit())) {
+    let cli = cli::parse(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let prints_results = cli.command.prints_results();
+    match commands::run(cli) {
         Ok(code) => code,
         // The reader of our output, `head` say, has seen enough.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if prints_results && is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             tell!("error: {}", commands::describe(&error));
             ExitCode::FAILURE

@@ -222,6 +222,14 @@ fn a_trained_checkpoint_is_evaluated_run_and_traced() {
     let found = json_of(&scratch.path("results.json")).as_array().unwrap().len();
     assert_eq!(found, 300, "100 detections per image");
 
+    let before = fs::read(scratch.path("shapes/val/000008.jpg")).unwrap();
+    let message = scratch.fail(
+        1,
+        "infer --checkpoint run shapes/val --output-dir shapes/../shapes/val",
+    );
+    assert!(message.contains("would be written over"), "{message}");
+    assert_eq!(fs::read(scratch.path("shapes/val/000008.jpg")).unwrap(), before);
+
     fs::write(scratch.path("shapes/val/broken.jpg"), b"\xff\xd8\xff not a JPEG").unwrap();
     let finished = scratch.run("infer --checkpoint run shapes/val --score-threshold 0 --output-dir out");
     assert_eq!(finished.code, Some(1));

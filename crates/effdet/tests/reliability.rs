@@ -354,6 +354,60 @@ fn group(scratch: &Scratch, arguments: &str) -> Child {
 }
 
 #[test]
+fn a_run_whose_readers_have_left_trains_to_its_end_nevertheless() {
+    let scratch = Scratch::with_data();
+    let arguments = "train --data shapes --image-size 64 --batch-size 4 --epochs 1 --run-dir";
+    let heard = scratch.run(&format!("{arguments} heard"));
+    assert!(heard.code == Some(0) && heard.stderr.contains("warning: few-objects"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_effdet"))
+        .args(format!("{arguments} unheard").split_whitespace())
+        .current_dir(scratch.path(""))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(scratch.hashes("unheard"), scratch.hashes("heard"));
+}
+
+#[test]
+fn a_refused_resume_leaves_the_configuration_of_the_run() {
+    let scratch = Scratch::with_data();
+    scratch.train("run", "--epochs 1");
+    let config = || std::fs::read_to_string(scratch.path("run/config.toml")).unwrap();
+    let before = config();
+    let resume = "train --resume --run-dir run --allow-changes --epochs 3";
+    for (refused, why) in [
+        ("--memory-limit 1MB", "allowed by --memory-limit"),
+        ("--isa sse9", "unknown instruction set"),
+    ] {
+        let message = scratch.fail(1, &format!("{resume} {refused}"));
+        assert!(message.contains(why), "{message}");
+        assert_eq!(config(), before);
+    }
+    scratch.succeed(&format!("{resume} --quiet"));
+    assert_ne!(config(), before);
+}
+
+#[test]
+fn absurd_numbers_are_refused_before_anything_starts() {
+    let scratch = Scratch::new();
+    for (option, code) in [
+        ("--threads 1000000", 2),
+        ("--workers 1000000", 2),
+        ("--dist-timeout 1e300", 1),
+        ("--dist-timeout 0", 1),
+        ("--dist-timeout NaN", 1),
+    ] {
+        let message = scratch.fail(code, &format!("train {option} --run-dir run"));
+        let name = option.split(' ').next().unwrap();
+        assert!(message.contains(name), "{message}");
+    }
+    assert!(!scratch.path("run").exists());
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_is_no_error() {
     let output = Command::new("bash")
         .args([

@@ -69,7 +69,8 @@ impl<'a> Pass<'a> {
     pub(super) fn enter(&self, step: Step) {
         if let Some(Clock { timeline, region }) = self.clock {
             self.executor.enter(timeline.stage(step));
-            region.enter(timeline.number(step));
+            // SAFETY: layers borrow from their buffers during their own steps only, which the lifetimes of these cover.
+            unsafe { region.enter(timeline.number(step)) };
         }
     }
 

@@ -116,10 +116,10 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
-        let exponent = |x: f32| (x.to_bits() as i32 - SQRT_HALF_BITS) >> 23;
+        let exponent = |x: f32| (x.to_bits() as i32).wrapping_sub(SQRT_HALF_BITS) >> 23;
         (
             map(a, |x| {
-                f32::from_bits((x.to_bits() as i32 - (exponent(x) << 23)) as u32)
+                f32::from_bits((x.to_bits() as i32).wrapping_sub(exponent(x) << 23) as u32)
             }),
             map(a, |x| exponent(x) as f32),
         )

@@ -16,7 +16,8 @@ const FEW: usize = 10;
 /// Ratio of the most to the least frequent category that is worth a note.
 const IMBALANCE: usize = 100;
 
-pub(super) fn check(split: &Split, problems: &mut Vec<Problem>) {
+/// `trains`: whether the split is the one to learn from.
+pub(super) fn check(split: &Split, trains: bool, problems: &mut Vec<Problem>) {
     let categories = &split.dataset.categories;
     let name = split.name.as_str();
     unknown(split, problems);
@@ -61,7 +62,7 @@ pub(super) fn check(split: &Split, problems: &mut Vec<Problem>) {
             Instance::file(&split.place, what)
         })
         .collect();
-    if name == "train" {
+    if trains {
         push(Check::FewObjects, name, rare, problems);
     }
     let used = || counts.iter().filter(|count| count.objects > 0);

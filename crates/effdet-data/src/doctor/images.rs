@@ -126,8 +126,7 @@ fn summarise(split: &Split, results: &[(usize, Result<Facts, DataError>)]) -> (I
         census.readable += 1;
         census.bytes += facts.bytes;
         let (width, height) = facts.size;
-        let known = example.width != 0 && example.height != 0;
-        if known && facts.size != (example.width, example.height) {
+        if !example.fits(facts.size) {
             let turned = facts.size == (example.height, example.width) && facts.orientation >= 5;
             let why = match turned {
                 true => ": EXIF turns it, the boxes refer to the upright image",

@@ -160,10 +160,10 @@ impl Diagnosis {
 pub fn examine(splits: &[Split], options: &Options, progress: &(dyn Fn(usize) + Sync)) -> Diagnosis {
     let mut problems = Vec::new();
     let mut figures = Vec::new();
-    for split in splits {
+    for (index, split) in splits.iter().enumerate() {
         loaded::check(split, &mut problems);
         boxes::check(split, options.max_objects_per_image, &mut problems);
-        classes::check(split, &mut problems);
+        classes::check(split, index == 0, &mut problems);
         let (census, found) = images::check(split, options, progress);
         problems.extend(found);
         figures.push(SplitFigures {

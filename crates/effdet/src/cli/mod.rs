@@ -106,6 +106,17 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it is there for what it prints, and so has done its work where nobody reads on.
+    pub fn prints_results(&self) -> bool {
+        match self {
+            Self::Train(train) => train.dry_run,
+            Self::Launch(launch) => launch.dry_run,
+            _ => true,
+        }
+    }
+}
+
 /// Options of `bench`.
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use effdet_model::engine::Precision;
 
 use super::{AugmentArgs, RankArgs};
@@ -51,11 +52,14 @@ pub struct StepMemory {
     pub grad_checkpoint: bool,
 }
 
+/// Most threads of a kind that can be asked for.
+pub const MOST_THREADS: u64 = 4096;
+
 /// How to run it.
 #[derive(Debug, Clone, Args)]
 pub struct EngineArgs {
     /// Threads of the engine; default: all processors.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(..=MOST_THREADS))]
     pub threads: Option<usize>,
     /// Instruction set: portable, avx2, avx512, neon; default: the best one here. All give the same bits.
     #[arg(long, value_name = "ISA", env = "EFFDET_ISA")]
@@ -247,7 +251,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Loader threads beside the engine's; 0 = load on the training thread.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(..=MOST_THREADS))]
     pub workers: Option<usize>,
     /// Log every N steps.
     #[arg(long, value_name = "N", default_value_t = 1, alias = "log_steps")]

@@ -8,18 +8,17 @@ use effdet_data::cache::ImageCache;
 use effdet_data::dataset::DetectionDataset;
 use effdet_model::hparams::HParams;
 
-use super::host::available_bytes;
 use super::memory::gb;
 use crate::cli::CacheArgs;
 
 /// The cache for `dataset`, with a line on what it will take; none where it is not asked for.
 ///
-/// `needed_bytes`: what the command takes beside it. `default_folder`: of a disk cache.
+/// `spare_bytes`: memory that the command leaves free, half of which a cache in memory may take. `default_folder`: of a disk cache.
 pub fn image_cache(
     args: &CacheArgs,
     hparams: &HParams,
     dataset: &DetectionDataset,
-    needed_bytes: u64,
+    spare_bytes: u64,
     default_folder: &Path,
 ) -> Result<Option<(Arc<ImageCache>, String)>> {
     let on_disk = args.cache == "disk";
@@ -41,8 +40,7 @@ pub fn image_cache(
     let (cache, place, limit) = match args.cache.as_str() {
         "none" => return Ok(None),
         "ram" => {
-            let spare = available_bytes().unwrap_or(0).saturating_sub(needed_bytes) / 2;
-            let limit = args.cache_limit.unwrap_or(spare);
+            let limit = args.cache_limit.unwrap_or(spare_bytes / 2);
             let cache = ImageCache::in_memory(dataset.examples.len(), limit);
             (cache, "memory".to_owned(), limit)
         }

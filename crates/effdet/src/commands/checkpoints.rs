@@ -120,20 +120,22 @@ fn verify(path: &Path, as_json: bool) -> Result<ExitCode> {
 }
 
 fn gc(run: &Path, keep: Option<usize>, keep_best: usize, dry_run: bool) -> Result<()> {
-    let before = listing(run)?;
+    listing(run)?;
     // A run that is at work saves into temporary folders.
     let _lock = RunLock::acquire(run, &format!("process {}", std::process::id()))
         .context("checkpoints are collected when no run is at work")?;
     let store = CheckpointStore::new(run);
     let mut out = std::io::stdout().lock();
+    let retention = keep.map(|keep| Retention {
+        keep_last: keep.max(1),
+        keep_best,
+        keep_steps: Vec::new(),
+    });
     if dry_run {
-        let steps: Vec<u64> = before.complete.iter().map(|reader| reader.state().step).collect();
-        let old = keep.map_or(0, |keep| steps.len().saturating_sub(keep.max(1)));
-        for step in &steps[..old] {
-            writeln!(
-                out,
-                "would remove step {step}, unless it is among the {keep_best} best"
-            )?;
+        if let Some(retention) = &retention {
+            for (_, path) in store.superfluous(retention)? {
+                writeln!(out, "would remove {}", path.display())?;
+            }
         }
         writeln!(out, "would remove temporary folders of killed saves")?;
         return Ok(());
@@ -141,12 +143,8 @@ fn gc(run: &Path, keep: Option<usize>, keep_best: usize, dry_run: bool) -> Resul
     for path in store.gc()? {
         writeln!(out, "removed {}", path.display())?;
     }
-    if let Some(keep_last) = keep {
-        let pruned = store.prune(&Retention {
-            keep_last: keep_last.max(1),
-            keep_best,
-            keep_steps: Vec::new(),
-        })?;
+    if let Some(retention) = &retention {
+        let pruned = store.prune(retention)?;
         for step in pruned.removed {
             writeln!(out, "removed {}", store.path_of(step).display())?;
         }

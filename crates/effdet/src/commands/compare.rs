@@ -158,7 +158,14 @@ fn value_difference(
             continue;
         }
         count += 1;
-        let difference = pairs().map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // A difference from or to what is no number is beyond all others.
+        let difference = pairs()
+            .filter(|(a, b)| a.to_bits() != b.to_bits())
+            .map(|(a, b)| match (a - b).abs() {
+                distance if distance.is_nan() => f32::INFINITY,
+                distance => distance,
+            })
+            .fold(0.0, f32::max);
         if worst.is_empty() || difference > largest {
             (largest, worst) = (difference, variable.name.clone());
         }
@@ -222,13 +229,17 @@ fn metric_differences(a: &Path, b: &Path) -> Result<Vec<Difference>> {
     let (Some((heading, a)), Some((_, b))) = (table(a, name)?, table(b, name)?) else {
         return Ok(Vec::new());
     };
-    let (Some((step_a, a)), Some((step_b, b))) = (a.last_key_value(), b.last_key_value()) else {
+    let common = a
+        .iter()
+        .rev()
+        .find_map(|(step, row)| Some((step, row, b.get(step)?)));
+    let Some((step, a, b)) = common else {
         return Ok(Vec::new());
     };
     let columns = heading.iter().zip(a.iter().zip(b)).skip(2);
     let differing = columns.filter(|(_, (a, b))| a != b);
     Ok(differing
-        .map(|(name, (a, b))| (format!("{name} (steps {step_a}, {step_b})"), a.clone(), b.clone()))
+        .map(|(name, (a, b))| (format!("{name} (step {step})"), a.clone(), b.clone()))
         .collect())
 }
 

@@ -41,6 +41,11 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     };
     let mut given = Vec::new();
     if let Some(path) = &args.checkpoint {
+        let named = args.model.model.is_some() || args.model.profile.is_some();
+        ensure!(
+            !named,
+            "--checkpoint brings its own model and profile: leave out --model and --profile"
+        );
         let trained = Trained::open(path)?;
         let source = format!("checkpoint {}", path.display());
         class_maps.push(class_map(source.clone(), &trained.label_map));
@@ -337,7 +342,7 @@ pub fn before_training(
         .filter(|problem| problem.severity == Severity::Error && !is_map(problem))
         .collect();
     if speak {
-        let mut err = std::io::stderr().lock();
+        let mut text = Vec::new();
         for problem in &diagnosis.problems {
             if problem.severity == Severity::Note {
                 continue;
@@ -348,14 +353,17 @@ pub fn before_training(
                 problem.severity.name()
             };
             writeln!(
-                err,
+                text,
                 "{severity}: {}, {}: {} x {}",
                 problem.check.code(),
                 printable(&problem.split),
                 problem.count,
                 problem.title
             )?;
-            write_details(&mut err, problem)?;
+            write_details(&mut text, problem)?;
+        }
+        if !text.is_empty() {
+            tell!("{}", String::from_utf8_lossy(&text).trim_end());
         }
     }
     if let Some(problem) = errors.first() {

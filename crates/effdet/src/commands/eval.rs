@@ -104,7 +104,7 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result
     if let Some(limit) = args.eval_samples {
         dataset.examples.truncate(limit);
     }
-    check_categories(&trained, &dataset)?;
+    check_categories(&trained, &dataset, job)?;
     let network = trained.network()?;
     let weights = trained.weights(&network, args.raw_weights)?;
     ranks::verify_evaluation(job, &weights_hash(&weights), &dataset)?;
@@ -152,7 +152,11 @@ fn score_checkpoint(checkpoint: &Path, args: &EvalArgs, job: &Job<'_>) -> Result
 }
 
 /// A checkpoint of other classes would score 0 without a word.
-fn check_categories(trained: &Trained, dataset: &effdet_data::dataset::DetectionDataset) -> Result<()> {
+fn check_categories(
+    trained: &Trained,
+    dataset: &effdet_data::dataset::DetectionDataset,
+    job: &Job<'_>,
+) -> Result<()> {
     for category in &dataset.categories {
         let trained_name = trained.label_map.name(category.id);
         if trained_name.is_some_and(|name| name != category.name) {
@@ -164,7 +168,7 @@ fn check_categories(trained: &Trained, dataset: &effdet_data::dataset::Detection
                 trained_name.unwrap_or_default()
             );
         }
-        if trained_name.is_none() {
+        if trained_name.is_none() && job.is_root() {
             tell!(
                 "warning: {}: the checkpoint does not know category {} ({}); its objects count as missed",
                 dataset.name,

@@ -68,6 +68,9 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
 
     fs::create_dir_all(&args.output_dir)
         .with_context(|| format!("--output-dir: cannot create {}", args.output_dir.display()))?;
+    if !args.no_images {
+        check_outputs(&files, &args.output_dir)?;
+    }
     let mut names = OutputNames::default();
     let mut records = Vec::with_capacity(files.len());
     let mut failures = 0;
@@ -119,6 +122,26 @@ pub fn run(args: &InferArgs) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses to write an annotated image over one of those that are read.
+fn check_outputs(files: &[PathBuf], output_dir: &Path) -> Result<()> {
+    let inputs: HashSet<PathBuf> = (files.iter())
+        .filter_map(|file| file.canonicalize().ok())
+        .collect();
+    let mut names = OutputNames::default();
+    for file in files {
+        let output = output_dir.join(names.next(file));
+        ensure!(
+            !(output.canonicalize()).is_ok_and(|output| inputs.contains(&output)),
+            "--output-dir {}: the annotated image of {} would be written over {}, which is one of the images to detect in: choose another \
+             folder, or --no-images",
+            output_dir.display(),
+            file.display(),
+            output.display()
+        );
+    }
+    Ok(())
 }
 
 fn record(detection: &Detection, label_map: &LabelMap) -> DetectionRecord {

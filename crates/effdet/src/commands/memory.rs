@@ -55,8 +55,8 @@ pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize, memory:
 }
 
 /// Memory that a run may take and whose word that is; none where the system does not say.
-fn allowed(args: &TrainArgs) -> Option<(u64, &'static str)> {
-    if let Some(bytes) = args.memory_limit {
+pub fn allowed(limit: Option<u64>) -> Option<(u64, &'static str)> {
+    if let Some(bytes) = limit {
         return Some((bytes, "allowed by --memory-limit"));
     }
     let machine = host::available_bytes().map(|bytes| (bytes, "free on this machine"));
@@ -75,7 +75,7 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
         None => Ok(default),
         Some(BatchSize::Images(images)) => Ok(images),
         Some(BatchSize::Auto) => {
-            let Some((bytes, whose)) = allowed(args) else {
+            let Some((bytes, whose)) = allowed(args.memory_limit) else {
                 bail!(
                     "--batch-size auto: this system does not say how much memory is free: give --memory-limit"
                 )
@@ -106,7 +106,7 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
 
 /// Says what a run needs; refuses one that does not fit, with what would.
 pub fn check(args: &TrainArgs, config: &RunConfig) -> Result<Option<String>> {
-    let Some((bytes, whose)) = allowed(args) else {
+    let Some((bytes, whose)) = allowed(args.memory_limit) else {
         return Ok(None);
     };
     let train = &config.train;
@@ -149,9 +149,11 @@ fn refusal(
             remedies.push(format!("--precision fp16 takes {}", gb(takes)));
         }
     }
-    let mut smaller = images / 2;
-    while smaller > 0 {
-        let times = accumulate * images.div_ceil(smaller);
+    for smaller in (1..=images / 2)
+        .rev()
+        .filter(|smaller| images.is_multiple_of(*smaller))
+    {
+        let times = accumulate * (images / smaller);
         let takes = needed_bytes(hparams, smaller, times, memory)?;
         if takes <= bytes {
             remedies.push(format!(
@@ -160,7 +162,6 @@ fn refusal(
             ));
             break;
         }
-        smaller /= 2;
     }
     let step = 1 << hparams.max_level;
     let ImageSize { height, width } = hparams.image_size;

@@ -6,11 +6,10 @@ use std::path::Path;
 use anyhow::Result;
 use effdet_data::synthetic::CLASS_NAMES;
 use effdet_model::hparams::ImageSize;
-use effdet_train::modes::EvaluationRule;
 
 use super::memory;
 use super::model::{apply_augmentation, apply_overrides, resolve_hparams};
-use super::run_config::{DataConfig, RunConfig, apply_schedule, run_config};
+use super::run_config::{DataConfig, RunConfig, apply_schedule, rule, run_config};
 use crate::cli::TrainArgs;
 
 /// Enough images for held-out AP above 0.8, few enough for some minutes on two cores.
@@ -52,12 +51,8 @@ pub fn configure(args: &TrainArgs, ranks: usize) -> Result<RunConfig> {
         max_objects: MAX_OBJECTS,
         smallest_radius: SMALLEST_RADIUS,
     };
-    let rule = match args.benchmark {
-        true => EvaluationRule::Never,
-        false => EvaluationRule::Every(args.eval_every.unwrap_or(0)),
-    };
     let batch_size = memory::batch_size(args, &hparams, BATCH_SIZE)?;
-    run_config(args, hparams, data, (batch_size, ranks), rule)
+    run_config(args, hparams, data, (batch_size, ranks), rule(args)?)
 }
 
 /// What to try after the quickstart.

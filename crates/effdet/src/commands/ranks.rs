@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use effdet_data::dataset::DetectionDataset;
 use effdet_dist::{ProcessGroup, SingleProcess, agree};
 use effdet_model::label_map::LabelMap;
@@ -55,17 +55,16 @@ impl Job<'_> {
 ///
 /// When several ranks work together and one fails, it prints its error with its rank and machine and ends all of them.
 pub fn run(args: &RankArgs, work: impl FnOnce(&Job<'_>) -> Result<ExitCode>) -> Result<ExitCode> {
-    ensure!(
-        args.dist_timeout > 0.0 && args.dist_timeout.is_finite(),
-        "--dist-timeout must be a number of seconds above 0"
-    );
+    let timeout = Duration::try_from_secs_f64(args.dist_timeout);
+    let timeout = timeout.ok().filter(|timeout| !timeout.is_zero());
+    let timeout = timeout.context("--dist-timeout must be a number of seconds above 0, such as 600")?;
     if !is_started_among_ranks() {
         return work(&Job {
             group: &SingleProcess,
             threads: None,
         });
     }
-    among_ranks(Duration::from_secs_f64(args.dist_timeout), work)
+    among_ranks(timeout, work)
 }
 
 /// Whether a launcher started this process as one of several.

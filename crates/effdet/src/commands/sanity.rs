@@ -58,6 +58,9 @@ pub fn run(args: &TrainArgs, job: &Job<'_>) -> Result<ExitCode> {
     // Nothing that regularises: the images as they are, and the weights themselves.
     let hparams = &mut config.hparams;
     (hparams.jitter_min, hparams.jitter_max, hparams.input_rand_hflip) = (1.0, 1.0, false);
+    (hparams.autoaugment_policy, hparams.grid_mask) = (None, false);
+    (hparams.hsv_h, hparams.hsv_s, hparams.hsv_v) = (0.0, 0.0, 0.0);
+    (hparams.mosaic, hparams.mixup, hparams.close_mosaic) = (0.0, 0.0, 0.0);
     (
         hparams.moving_average_decay,
         hparams.survival_prob,

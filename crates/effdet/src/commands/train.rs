@@ -17,7 +17,7 @@ use effdet_train::events::EventSink;
 use effdet_train::trainer::{Ending, Outcome, RunInputs, TrainState, Trainer};
 
 use super::cache::image_cache;
-use super::engine::cpu_engine;
+use super::engine::{chosen_isa, cpu_engine};
 use super::plan::plan;
 use super::pretrained::{load_pretrained, print_match};
 use super::ranks::{self, Job, from_root};
@@ -178,6 +178,9 @@ fn resume(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode
             );
         }
     }
+    let memory = memory::check(args, &config)?;
+    chosen_isa(&args.engine)?;
+    // Nothing is refused from here on.
     if job.is_root() {
         write_config(&run_dir, &config)?;
     }
@@ -189,7 +192,6 @@ fn resume(args: &TrainArgs, job: &Job<'_>, control: &Control) -> Result<ExitCode
             config.train.global_batch() * config.train.accumulate
         );
     }
-    let memory = memory::check(args, &config)?;
     let run = Run {
         config: &config,
         label_map,
@@ -300,7 +302,7 @@ fn execute(
         &args.cache,
         &config.hparams,
         &data.train,
-        needed,
+        memory::allowed(args.memory_limit).map_or(0, |(bytes, _)| bytes.saturating_sub(needed)),
         &run_dir.join("cache"),
     )?;
     if let Some((_, line)) = cache.as_ref().filter(|_| !quiet) {
@@ -318,7 +320,7 @@ fn execute(
         network,
         engine: &mut engine,
         train: data.train,
-        cache: cache.map(|(cache, _)| cache),
+        cache: cache.as_ref().map(|(cache, _)| Arc::clone(cache)),
         evaluator,
         label_map: label_map.clone(),
         group: job.group,
@@ -335,6 +337,9 @@ fn execute(
     control.training_begins();
     let outcome = trainer.run(&mut inputs, &mut state, &mut sinks)?;
     drop(inputs);
+    if let Some(reason) = cache.as_ref().and_then(|(cache, _)| cache.closed()) {
+        tell!("warning: the cache keeps no more images, which are decoded each time: {reason}");
+    }
     if !job.is_root() {
         return Ok(outcome.ending);
     }
@@ -353,12 +358,15 @@ fn execute(
             )?;
         }
     }
-    print_outcome(&outcome, &state, run_dir)?;
-    Ok(outcome.ending)
+    match print_outcome(&outcome, &state, run_dir) {
+        // Everything is in the run folder; a reader that has left changes nothing about how the run ended.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(outcome.ending),
+    }
 }
 
 /// The scores, the speed and what lies where.
-fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> Result<()> {
+fn print_outcome(outcome: &Outcome, state: &TrainState, run_dir: &Path) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if let Some(evaluation) = &outcome.evaluation {
         write!(out, "{}", evaluation.summary.table())?;

@@ -16,7 +16,7 @@ use super::distribution::Distribution;
 use crate::cli::DataBenchOptions;
 use crate::commands::cache::image_cache;
 use crate::commands::host::{ForeignLoad, cpu_name, write_foreign};
-use crate::commands::memory::gb;
+use crate::commands::memory::{self, gb};
 use crate::commands::model::{apply_augmentation, resolve_hparams};
 use crate::commands::run_config::label_map_of;
 use crate::commands::sources::{self, Part};
@@ -30,7 +30,14 @@ pub fn run(options: &DataBenchOptions) -> Result<()> {
     dataset.examples.truncate(options.limit.unwrap_or(usize::MAX));
     ensure!(!dataset.examples.is_empty(), "there is no image to prepare");
     let mut preparation = preparation(&hparams, &label_map_of(&dataset)?, options.seed);
-    let cache = image_cache(&options.cache, &hparams, &dataset, 0, Path::new("cache"))?;
+    let spare_bytes = memory::allowed(None).map_or(0, |(bytes, _)| bytes);
+    let cache = image_cache(
+        &options.cache,
+        &hparams,
+        &dataset,
+        spare_bytes,
+        Path::new("cache"),
+    )?;
     preparation.cache = cache.as_ref().map(|(cache, _)| Arc::clone(cache));
     let assigner = Assigner::new(&Anchors::new(&AnchorConfig::from(&hparams))?);
     let images = dataset.examples.len();

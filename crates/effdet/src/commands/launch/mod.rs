@@ -21,7 +21,7 @@ use self::hosts::Hosts;
 use self::supervise::{Ended, supervise};
 use super::ranks::RANK_MISSING;
 use super::signals::on_signals;
-use crate::cli::{Cli, Command as Inner, LaunchArgs, TrainArgs, parse};
+use crate::cli::{CacheArgs, Cli, Command as Inner, LaunchArgs, TrainArgs, parse};
 
 /// Runs the command.
 pub fn run(args: &LaunchArgs) -> Result<ExitCode> {
@@ -109,9 +109,23 @@ fn resume_command(train: &TrainArgs, run_dir: &Path) -> Vec<String> {
     option("--isa", train.engine.isa.clone());
     option("--workers", train.workers.map(|n| n.to_string()));
     option("--max-steps", train.max_steps.map(|n| n.to_string()));
+    option("--memory-limit", train.memory_limit.map(|n| n.to_string()));
+    let CacheArgs {
+        cache,
+        cache_limit,
+        cache_dir,
+    } = &train.cache;
+    option("--cache", Some(cache.clone()));
+    option("--cache-limit", cache_limit.map(|n| n.to_string()));
+    option(
+        "--cache-dir",
+        cache_dir.as_ref().map(|dir| dir.display().to_string()),
+    );
     for (flag, set) in [
         ("--quiet", train.quiet),
         ("--grad-checkpoint", train.grad_checkpoint),
+        ("--ignore-memory", train.ignore_memory),
+        ("--strict", train.strict),
     ] {
         if set {
             command.push(flag.to_owned());
@@ -210,6 +224,15 @@ mod tests {
             "--dist-timeout",
             "4",
             "--quiet",
+            "--ignore-memory",
+            "--memory-limit",
+            "2GB",
+            "--cache",
+            "disk",
+            "--cache-limit",
+            "1GB",
+            "--cache-dir",
+            "kept",
         ]);
         let command = resume_command(&first, Path::new("r"));
         assert!(
@@ -219,6 +242,19 @@ mod tests {
         let again = train(&arguments);
         assert!(again.resume && again.quiet);
         assert_eq!((again.engine.threads, again.ranks.dist_timeout), (Some(2), 4.0));
+        assert!(again.ignore_memory && again.memory_limit == first.memory_limit);
+        let cache = |train: &TrainArgs| {
+            let CacheArgs {
+                cache,
+                cache_limit,
+                cache_dir,
+            } = train.cache.clone();
+            (cache, cache_limit, cache_dir)
+        };
+        assert_eq!(cache(&again), cache(&first));
+        assert_eq!(cache(&again).1, Some(1_000_000_000));
+        let strict = train(&["--resume", "--strict", "--run-dir", "r"]);
+        assert!(resume_command(&strict, Path::new("r")).contains(&"--strict".to_owned()));
     }
 
     #[test]
