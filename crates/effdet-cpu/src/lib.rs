@@ -1,6 +1,7 @@
 //! CPU engine: fused kernels, execution plans and run-time ISA dispatch for EfficientDet.
 //!
-//! Only the kernel modules and the modules below them ([`pool`], [`arena`], [`memory`]), and the measurements of [`ceilings`], contain `unsafe` code.
+//! `unsafe` code is in [`kernels`] and [`inference`], what they are written in ([`simd`], [`math`], [`storage`]), the memory and threads they
+//! run on ([`arena`], [`memory`], [`pool`]), the measurements of [`ceilings`], and where the engine goes from one step to the next.
 
 pub mod arena;
 pub mod ceilings;

@@ -2,6 +2,7 @@
 //!
 //! Work is nominal, a function of the shapes: multiply-adds of convolutions count twice, other arithmetic not at all, and every
 //! tensor counts once however often caches or recomputation touch it.
+#![forbid(unsafe_code)]
 
 use std::fmt;
 

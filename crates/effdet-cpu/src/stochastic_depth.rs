@@ -1,4 +1,5 @@
 //! Stochastic depth: whole residual branches dropped per image in training.
+#![forbid(unsafe_code)]
 
 use effdet_model::rng::{Draws, Purpose};
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::coco::{self, read_categories};
 use crate::confine::confined_join;
 use crate::dataset::{DetectionDataset, Example};
+use crate::decode::MAX_ENCODED_BYTES;
 use crate::error::{DataError, Result};
 use crate::folder::{ImageCopier, Written};
 
@@ -18,7 +19,7 @@ pub struct ConvertOptions {
 impl Default for ConvertOptions {
     fn default() -> Self {
         Self {
-            max_encoded_bytes: 256 << 20,
+            max_encoded_bytes: MAX_ENCODED_BYTES,
         }
     }
 }

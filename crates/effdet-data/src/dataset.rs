@@ -181,17 +181,6 @@ pub struct DetectionDataset {
 }
 
 impl DetectionDataset {
-    /// Leaves out the objects marked as difficult, as VOC's own evaluation does; returns how many there were.
-    pub fn remove_difficult(&mut self) -> usize {
-        let mut removed = 0;
-        for example in &mut self.examples {
-            let before = example.objects.len();
-            example.objects.retain(|object| !object.difficult);
-            removed += before - example.objects.len();
-        }
-        removed
-    }
-
     /// SHA-256 over ids, file names, sizes, boxes, areas and categories, in hexadecimal: equal for equal annotations.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
@@ -267,14 +256,6 @@ mod tests {
                 name: "cat".into(),
             }],
         }
-    }
-
-    #[test]
-    fn difficult_objects_are_removed_and_counted() {
-        let mut data = dataset();
-        assert_eq!(data.remove_difficult(), 2);
-        assert_eq!(data.examples[0].objects.len(), 1);
-        assert_eq!(data.remove_difficult(), 0);
     }
 
     #[test]

@@ -17,6 +17,9 @@ use image::{
 
 use crate::header::JpegSegments;
 
+/// Largest encoded image in bytes that is read unless the caller sets another limit.
+pub const MAX_ENCODED_BYTES: u64 = 256 << 20;
+
 const START_OF_SCAN: u8 = 0xda;
 
 /// What a decoder may do.

@@ -1,13 +1,11 @@
 //! Summary figures of a data set.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use effdet_model::label_map::CategoryId;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
-use crate::dataset::{DetectionDataset, Example};
-use crate::error::Result;
+use crate::dataset::DetectionDataset;
 
 /// Upper ends of the bins of box sides in pixels; the last bin is open.
 pub const SIDE_BINS_PX: [f64; 8] = [8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
@@ -105,37 +103,10 @@ pub fn statistics(dataset: &DetectionDataset) -> Statistics {
     }
 }
 
-/// Images whose encoded bytes are in both data sets, as indices into `a` and `b` in the order of `b`.
-///
-/// Reads every image of both.
-///
-/// # Errors
-/// What reading an image reports.
-pub fn shared_images(
-    a: &DetectionDataset,
-    b: &DetectionDataset,
-    max_encoded_bytes: u64,
-) -> Result<Vec<(usize, usize)>> {
-    let digest = |example: &Example| -> Result<[u8; 32]> {
-        Ok(Sha256::digest(example.source.read_bytes(max_encoded_bytes)?).into())
-    };
-    let mut places = HashMap::with_capacity(a.examples.len());
-    for (index, example) in a.examples.iter().enumerate() {
-        places.insert(digest(example)?, index);
-    }
-    let mut shared = Vec::new();
-    for (index, example) in b.examples.iter().enumerate() {
-        if let Some(&first) = places.get(&digest(example)?) {
-            shared.push((first, index));
-        }
-    }
-    Ok(shared)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataset::{Category, ImageSource, ObjectAnnotation};
+    use crate::dataset::{Category, Example, ImageSource, ObjectAnnotation};
     use std::sync::Arc;
 
     fn example(image_id: i64, bytes: &[u8], objects: &[(u32, f64, f64)]) -> Example {
@@ -187,12 +158,5 @@ mod tests {
         assert_eq!(found.small_medium_large, [1, 2, 1]);
         assert_eq!(found.box_side_histogram, [1, 1, 0, 0, 1, 0, 0, 0, 1]);
         assert_eq!(found.image_sizes, [((640, 480), 3)]);
-    }
-
-    #[test]
-    fn images_in_both_sets_are_found_by_content() {
-        let a = dataset(vec![example(1, b"one", &[]), example(2, b"two", &[])]);
-        let b = dataset(vec![example(7, b"three", &[]), example(8, b"two", &[])]);
-        assert_eq!(shared_images(&a, &b, 100).unwrap(), [(1, 1)]);
     }
 }

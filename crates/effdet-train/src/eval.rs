@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use effdet_data::augment::AugmentConfig;
 use effdet_data::batch::Preparation;
 use effdet_data::dataset::DetectionDataset;
-use effdet_data::decode::DecodeOptions;
+use effdet_data::decode::{DecodeOptions, MAX_ENCODED_BYTES};
 use effdet_data::loader::{Loader, LoaderConfig, LoaderMode, Shard};
 use effdet_data::preprocess::PreprocessConfig;
 use effdet_dist::{ProcessGroup, SingleProcess};
@@ -21,9 +21,6 @@ use effdet_model::weights::Weights;
 use crate::error::TrainError;
 use crate::ranks::gather_detections;
 use crate::requests::Requests;
-
-/// Largest encoded image that is read.
-pub const MAX_ENCODED_BYTES: u64 = 256 << 20;
 
 /// The preparation of images that a model asks for.
 pub fn preparation(hparams: &HParams, label_map: &LabelMap, seed: u64) -> Preparation {

@@ -85,10 +85,9 @@ mod tests {
     #[test]
     fn an_image_of_one_pixel_is_no_trouble() {
         for index in 0..50 {
-            apply(
-                &mut RgbImage::new(1, 1),
-                &mut Draws::new(2, Purpose::GridMask, 0, index),
-            );
+            let mut image = RgbImage::from_pixel(1, 1, Rgb([9; 3]));
+            apply(&mut image, &mut Draws::new(2, Purpose::GridMask, 0, index));
+            assert!([[9; 3], [0; 3]].contains(&image.get_pixel(0, 0).0));
         }
     }
 }

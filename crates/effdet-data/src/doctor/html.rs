@@ -13,7 +13,7 @@ use image::imageops::{FilterType, resize};
 use super::findings::{Instance, Problem, Severity};
 use super::{Diagnosis, Split, SplitFigures};
 use crate::dataset::Example;
-use crate::decode::{DecodeOptions, decode_rgb};
+use crate::decode::{DecodeOptions, MAX_ENCODED_BYTES, decode_rgb};
 use crate::inspect::SIDE_BINS_PX;
 
 /// How much a page holds.
@@ -35,7 +35,7 @@ impl Default for HtmlOptions {
             images_per_problem: 6,
             images: 60,
             side_px: 360,
-            max_encoded_bytes: 64 << 20,
+            max_encoded_bytes: MAX_ENCODED_BYTES,
         }
     }
 }

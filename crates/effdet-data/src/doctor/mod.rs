@@ -6,7 +6,7 @@ use effdet_model::anchors::AnchorConfig;
 use serde::Serialize;
 
 use crate::dataset::{Category, DetectionDataset};
-use crate::decode::DecodeOptions;
+use crate::decode::{DecodeOptions, MAX_ENCODED_BYTES};
 use crate::inspect::{Statistics, statistics};
 use crate::report::LoadReport;
 
@@ -100,7 +100,7 @@ impl Default for Options {
             held_out: Vec::new(),
             max_objects_per_image: 100,
             decode: DecodeOptions::default(),
-            max_encoded_bytes: 256 << 20,
+            max_encoded_bytes: MAX_ENCODED_BYTES,
             threads: 1,
         }
     }

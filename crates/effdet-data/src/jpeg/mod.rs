@@ -156,7 +156,7 @@ impl JpegDecoder {
     /// Pixels of a row inside the decoded rectangle, by colour.
     ///
     /// # Shapes
-    /// `rgb`: three times as many bytes as `columns`.
+    /// `rgb`: for each colour as many bytes as there are `columns`.
     ///
     /// # Panics
     /// When the row or the columns were not decoded.

@@ -16,7 +16,7 @@ use super::manifest::{self, Manifest, ShardEntry};
 use super::shards::ShardName;
 use crate::coco::write_categories;
 use crate::dataset::{DetectionDataset, Example, stable_id};
-use crate::decode::probe;
+use crate::decode::{MAX_ENCODED_BYTES, probe};
 use crate::error::{DataError, Result};
 
 /// How records are written.
@@ -32,7 +32,7 @@ impl Default for WriteOptions {
     fn default() -> Self {
         Self {
             num_shards: 32,
-            max_encoded_bytes: 64 << 20,
+            max_encoded_bytes: MAX_ENCODED_BYTES,
         }
     }
 }

@@ -38,7 +38,7 @@ pub struct CacheArgs {
     /// Bytes that the cache may take, such as 4GB; default: half of the memory that training leaves free, or no limit on disk.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub cache_limit: Option<u64>,
-    /// Folder of the disk cache, which several runs may share; default: `cache` in the run folder.
+    /// Folder of the disk cache, which several runs may share; default: `cache` in the run folder, or here where there is none.
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
 }

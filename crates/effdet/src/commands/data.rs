@@ -8,6 +8,7 @@ use anyhow::{Result, bail, ensure};
 use effdet_data::coco;
 use effdet_data::convert::{ConvertOptions, Converted, coco_folder};
 use effdet_data::dataset::DetectionDataset;
+use effdet_data::decode::MAX_ENCODED_BYTES;
 use effdet_data::inspect::{SIDE_BINS_PX, Statistics, statistics};
 use effdet_data::synthetic::{self, SyntheticConfig};
 use effdet_data::tfrecord::{self, WriteOptions};
@@ -19,8 +20,6 @@ use super::sources::{self, Part};
 use super::{doctor, download, view};
 use crate::cli::{ConvertFormat, DataCommand, SourceArgs};
 
-/// Largest encoded image that is copied.
-const MAX_ENCODED_BYTES: u64 = 256 << 20;
 /// Image sizes that `inspect` lists.
 const SIZES_SHOWN: usize = 5;
 

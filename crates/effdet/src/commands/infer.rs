@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use effdet_data::decode::{DecodeOptions, decode_rgb};
+use effdet_data::decode::{DecodeOptions, MAX_ENCODED_BYTES, decode_rgb};
 use effdet_model::detect::Detection;
 use effdet_model::label_map::LabelMap;
 use image::RgbImage;
@@ -21,8 +21,6 @@ use super::model::apply_overrides;
 use super::progress::Progress;
 use crate::cli::{InferArgs, StepMemory};
 
-/// Larger files are refused unread.
-const MAX_ENCODED_BYTES: u64 = 256 << 20;
 const JPEG_QUALITY: u8 = 92;
 
 /// Detections of one image, as written to `detections.json`.

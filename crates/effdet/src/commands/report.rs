@@ -7,13 +7,13 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use effdet_data::coco::{ResultRow, write_results};
 use effdet_data::dataset::DetectionDataset;
+use effdet_data::decode::MAX_ENCODED_BYTES;
 use effdet_data::decode::{DecodeOptions, decode_rgb};
 use effdet_metrics::DetectionRow;
 use effdet_model::engine::Engine;
 use effdet_model::label_map::LabelMap;
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
-use effdet_train::eval::MAX_ENCODED_BYTES;
 use effdet_train::events::EventSink;
 use effdet_train::sinks::{Csv, Curves, DlLogger, DlLoggerConfig, TensorBoard};
 

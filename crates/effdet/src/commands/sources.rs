@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use effdet_data::coco;
 use effdet_data::corrupt::{self, Cap, Excluded};
 use effdet_data::dataset::{DetectionDataset, ObjectAnnotation};
-use effdet_data::decode::DecodeOptions;
+use effdet_data::decode::{DecodeOptions, MAX_ENCODED_BYTES};
 use effdet_data::layout::Layout;
 use effdet_data::report::{Faults, Finding, LoadOptions, LoadReport};
 use effdet_data::text::printable;
@@ -18,8 +18,6 @@ use super::progress::Progress;
 use super::ranks;
 use crate::cli::{OnCorrupt, SourceArgs};
 
-/// Largest encoded image that is checked or copied.
-const MAX_ENCODED_BYTES: u64 = 256 << 20;
 /// Where lists of damaged samples go when there is no run folder.
 const CORRUPT_DIR: &str = "effdet-corrupt";
 

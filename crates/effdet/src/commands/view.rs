@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
 use effdet_data::batch::{Preparation, SampleKey};
 use effdet_data::dataset::{DetectionDataset, Example};
-use effdet_data::decode::{DecodeOptions, decode_rgb};
+use effdet_data::decode::{DecodeOptions, MAX_ENCODED_BYTES, decode_rgb};
 use effdet_data::text::printable;
 use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::label_map::{CategoryId, ClassIndex, LabelMap};
@@ -24,7 +24,6 @@ use super::sources::{self, Part};
 use crate::cli::{SourceArgs, ViewArgs};
 use crate::draw::{Annotation, draw};
 
-const MAX_ENCODED_BYTES: u64 = 256 << 20;
 /// Pixels between the images of a sheet.
 const GAP: u32 = 6;
 const BACKGROUND: Rgb<u8> = Rgb([40, 40, 40]);
