@@ -73,12 +73,12 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// A buffer that the next step writes.
     fn define(&mut self, len: usize) -> Slot {
-        self.lifetimes.define(len, self.steps.len())
+        self.lifetimes.define(len, self.steps.len() as u32)
     }
 
     /// Notes that the next step reads a buffer.
     fn read(&mut self, slot: Slot) -> Slot {
-        self.lifetimes.read(slot, self.steps.len());
+        self.lifetimes.read(slot, self.steps.len() as u32);
         slot
     }
 

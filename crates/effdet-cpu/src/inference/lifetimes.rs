@@ -1,8 +1,7 @@
 //! Places buffers with known lifetimes in one arena.
 
-use std::ops::RangeInclusive;
-
-use crate::arena::Bump;
+use crate::arena::{Bump, Lifetime};
+use crate::memory::place;
 
 /// A buffer that the planner places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,8 +16,7 @@ pub(super) struct Lifetimes {
 #[derive(Debug)]
 struct Buffer {
     len: usize,
-    first: usize,
-    last: usize,
+    lifetime: Lifetime,
 }
 
 /// Where every buffer lies.
@@ -30,65 +28,29 @@ pub(super) struct Placement {
 
 impl Lifetimes {
     /// A buffer of `len` values that is written in step `step`.
-    pub(super) fn define(&mut self, len: usize, step: usize) -> Slot {
-        self.buffers.push(Buffer {
-            len,
+    pub(super) fn define(&mut self, len: usize, step: u32) -> Slot {
+        let lifetime = Lifetime {
             first: step,
             last: step,
-        });
+        };
+        self.buffers.push(Buffer { len, lifetime });
         Slot(self.buffers.len() - 1)
     }
 
     /// Notes that `step` reads the buffer.
-    pub(super) fn read(&mut self, slot: Slot, step: usize) {
-        let buffer = &mut self.buffers[slot.0];
-        buffer.last = buffer.last.max(step);
+    pub(super) fn read(&mut self, slot: Slot, step: u32) {
+        let lifetime = &mut self.buffers[slot.0].lifetime;
+        lifetime.last = lifetime.last.max(step);
     }
 
     /// Offsets at which no two buffers that live in the same step overlap, each on a cache line.
-    ///
-    /// Largest first, each at the lowest place where it fits: a few per cent above the best possible for chains of layers.
     pub(super) fn place(&self) -> Placement {
-        let mut order: Vec<usize> = (0..self.buffers.len()).collect();
-        order.sort_by_key(|&i| std::cmp::Reverse(self.buffers[i].len));
-        let mut offsets = vec![0; self.buffers.len()];
-        let mut placed: Vec<usize> = Vec::with_capacity(order.len());
-        let mut len = 0;
-        for index in order {
-            let buffer = &self.buffers[index];
-            let mut taken: Vec<(usize, usize)> = (placed.iter())
-                .filter(|&&other| overlap(&self.buffers[other].steps(), &buffer.steps()))
-                .map(|&other| {
-                    (
-                        offsets[other],
-                        offsets[other] + Bump::room(self.buffers[other].len),
-                    )
-                })
-                .collect();
-            taken.sort_unstable();
-            let mut at = 0;
-            for (start, end) in taken {
-                if at + Bump::room(buffer.len) <= start {
-                    break;
-                }
-                at = at.max(end);
-            }
-            offsets[index] = at;
-            len = len.max(at + Bump::room(buffer.len));
-            placed.push(index);
-        }
+        let asked: Vec<_> = (self.buffers.iter())
+            .map(|buffer| (Bump::room(buffer.len), buffer.lifetime))
+            .collect();
+        let (offsets, len) = place(&asked);
         Placement { offsets, len }
     }
-}
-
-impl Buffer {
-    fn steps(&self) -> RangeInclusive<usize> {
-        self.first..=self.last
-    }
-}
-
-fn overlap(a: &RangeInclusive<usize>, b: &RangeInclusive<usize>) -> bool {
-    a.start() <= b.end() && b.start() <= a.end()
 }
 
 impl Placement {
@@ -119,7 +81,7 @@ mod tests {
                 let other = placement.offset(Slot(j));
                 let apart = at + a.len <= other || other + b.len <= at;
                 assert!(
-                    apart || !overlap(&a.steps(), &b.steps()),
+                    apart || !a.lifetime.overlaps(b.lifetime),
                     "{a:?} at {at} and {b:?} at {other}"
                 );
             }
@@ -144,18 +106,22 @@ mod tests {
         for seed in 0..200 {
             let mut draws = Draws::new(seed, Purpose::Synthetic, 0, 0);
             let mut lifetimes = Lifetimes::default();
-            let steps = 1 + seed as usize % 23;
+            let steps = 1 + seed as u32 % 23;
             for step in 0..steps {
                 for _ in 0..(draws.uniform() * 4.0) as usize {
                     let slot = lifetimes.define((draws.uniform() * 500.0) as usize, step);
-                    lifetimes.read(slot, step + (draws.uniform() * (steps - step) as f32) as usize);
+                    lifetimes.read(slot, step + (draws.uniform() * (steps - step) as f32) as u32);
                 }
             }
             let placement = lifetimes.place();
             assert_apart(&lifetimes, &placement);
             let needed = (0..steps)
                 .map(|step| {
-                    let alive = lifetimes.buffers.iter().filter(|b| b.steps().contains(&step));
+                    let step = Lifetime {
+                        first: step,
+                        last: step,
+                    };
+                    let alive = (lifetimes.buffers.iter()).filter(|b| b.lifetime.overlaps(step));
                     alive.map(|b| Bump::room(b.len)).sum::<usize>()
                 })
                 .max()
