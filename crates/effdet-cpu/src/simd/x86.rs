@@ -1,6 +1,7 @@
 //! AVX2 with FMA, and AVX-512.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::{SQRT_HALF_BITS, Simd};
 
@@ -8,13 +9,37 @@ use super::{SQRT_HALF_BITS, Simd};
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2;
 
-/// 16 lanes: AVX-512 F, VL, DQ and BW.
+/// 16 lanes: AVX-512 F, VL, DQ and BW, with a way to round to bfloat16.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512;
+pub struct Wide<R>(PhantomData<R>);
 
-/// [`Avx512`] where the processor rounds to bfloat16 by instructions of its own (AVX-512 BF16).
+/// [`Wide`] without further instructions.
+pub type Avx512 = Wide<RoundBySteps>;
+
+/// [`Wide`] where the processor rounds to bfloat16 by instructions of its own (AVX-512 BF16).
+pub type Avx512Bf16 = Wide<RoundByInstruction>;
+
+/// Rounds 16 lanes to bfloat16 as [`Simd`] says.
+#[allow(
+    clippy::missing_safety_doc,
+    reason = "that of the methods of `Simd` of these names"
+)]
+pub trait Round: Copy + Send + Sync + 'static {
+    /// See [`Simd::store_bf16`].
+    unsafe fn store(target: *mut u16, v: __m512);
+    /// See [`Simd::pair`].
+    unsafe fn pair(low: __m512, high: __m512) -> __m512;
+    /// See [`Simd::pair_and_store_bf16`].
+    unsafe fn pair_and_store(low: __m512, high: __m512, targets: [*mut u16; 2]) -> __m512;
+}
+
+/// Rounds with the arithmetic of integers.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512Bf16;
+pub struct RoundBySteps;
+
+/// Rounds with the instructions of AVX-512 BF16.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundByInstruction;
 
 /// Places of halves that lie in turn in two runs of 16.
 static INTERLEAVED: [u16; 32] = {
@@ -227,10 +252,7 @@ impl Simd for Avx2 {
     }
 }
 
-/// Implements [`Simd`] in 512 bits with the methods that round to bfloat16 as given.
-macro_rules! avx512 {
-    ($type:ty: $($rounding:item)*) => {
-impl Simd for $type {
+impl<R: Round> Simd for Wide<R> {
     type V = __m512;
     type Half = Avx2;
     const LANES: usize = 16;
@@ -301,6 +323,21 @@ impl Simd for $type {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { R::store(target, v) }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        // SAFETY: the caller's promise.
+        unsafe { R::pair(low, high) }
+    }
+    #[inline(always)]
+    unsafe fn pair_and_store_bf16(low: Self::V, high: Self::V, targets: [*mut u16; 2]) -> Self::V {
+        // SAFETY: the caller's promise.
+        unsafe { R::pair_and_store(low, high, targets) }
+    }
+    #[inline(always)]
     unsafe fn pair_low(pairs: Self::V) -> Self::V {
         // SAFETY: needs AVX-512 F only.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(pairs))) }
@@ -340,35 +377,39 @@ impl Simd for $type {
             (_mm512_castsi512_ps(mantissa), _mm512_cvtepi32_ps(exponent))
         }
     }
-    $($rounding)*
-}
-    };
 }
 
-avx512! { Avx512:
+impl Round for RoundBySteps {
     #[inline(always)]
-    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+    unsafe fn store(target: *mut u16, v: __m512) {
         // SAFETY: the caller promises 16 writable halves.
         unsafe {
-            _mm256_storeu_si256(
-                target.cast(),
-                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_16(v))),
-            );
+            let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded_16(v)));
+            _mm256_storeu_si256(target.cast(), halves);
         }
     }
     #[inline(always)]
-    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+    unsafe fn pair(low: __m512, high: __m512) -> __m512 {
         // SAFETY: needs AVX-512 BW only.
         unsafe {
             let (low, high) = (_mm512_srli_epi32::<16>(rounded_16(low)), rounded_16(high));
             _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaa_aaaa, low, high))
         }
     }
+    #[inline(always)]
+    unsafe fn pair_and_store(low: __m512, high: __m512, targets: [*mut u16; 2]) -> __m512 {
+        // SAFETY: the caller promises twice 16 writable halves.
+        unsafe {
+            Self::store(targets[0], low);
+            Self::store(targets[1], high);
+            Self::pair(low, high)
+        }
+    }
 }
 
-avx512! { Avx512Bf16:
+impl Round for RoundByInstruction {
     #[inline(always)]
-    unsafe fn store_bf16(target: *mut u16, v: Self::V) {
+    unsafe fn store(target: *mut u16, v: __m512) {
         // SAFETY: the caller promises 16 writable halves; all types of 256 bits hold any bits.
         unsafe {
             let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
@@ -376,12 +417,12 @@ avx512! { Avx512Bf16:
         }
     }
     #[inline(always)]
-    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+    unsafe fn pair(low: __m512, high: __m512) -> __m512 {
         // SAFETY: needs AVX-512 BF16 and BW only.
         unsafe { interleaved(both_halves(low, high)) }
     }
     #[inline(always)]
-    unsafe fn pair_and_store_bf16(low: Self::V, high: Self::V, targets: [*mut u16; 2]) -> Self::V {
+    unsafe fn pair_and_store(low: __m512, high: __m512, targets: [*mut u16; 2]) -> __m512 {
         // SAFETY: the caller promises twice 16 writable halves.
         unsafe {
             let halves = both_halves(low, high);
