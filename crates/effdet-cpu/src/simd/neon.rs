@@ -9,7 +9,7 @@ use super::{SQRT_HALF_BITS, Simd};
 #[derive(Debug, Clone, Copy)]
 pub struct Neon;
 
-/// Bits whose upper halves are those of bfloat16, rounded to nearest, ties to even.
+/// Bits whose upper halves are those of bfloat16 as [`Bf16::from_f32`](crate::storage::Bf16::from_f32) rounds.
 #[inline(always)]
 unsafe fn rounded(v: float32x4_t) -> uint32x4_t {
     // SAFETY: the instruction set is part of every AArch64 target with `std`.
@@ -19,7 +19,11 @@ unsafe fn rounded(v: float32x4_t) -> uint32x4_t {
         let rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
         // The carry of a NaN would make it infinite.
         let quiet = vorrq_u32(bits, vdupq_n_u32(0x40_0000));
-        vbslq_u32(vceqq_f32(v, v), rounded, quiet)
+        let rounded = vbslq_u32(vceqq_f32(v, v), rounded, quiet);
+        let sign = vandq_u32(bits, vdupq_n_u32(0x8000_0000));
+        // Some bit of the exponent is set.
+        let is_normal = vtstq_u32(bits, vdupq_n_u32(0x7f80_0000));
+        vbslq_u32(is_normal, rounded, sign)
     }
 }
 
