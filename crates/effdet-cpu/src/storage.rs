@@ -223,6 +223,14 @@ impl PassProducts {
         forward: Products::Single,
         backward: Products::Single,
     };
+
+    /// The same with f32 in the forward pass.
+    pub const fn with_single_forward(self) -> Self {
+        Self {
+            forward: Products::Single,
+            ..self
+        }
+    }
 }
 
 /// The formats of a training step's wide tensors.
@@ -231,7 +239,7 @@ pub trait Storage: Send + std::fmt::Debug + 'static {
     type Activation: Stored;
     /// Gradients by what batch norm puts out.
     type Gradient: Stored;
-    /// What the products of pointwise convolutions multiply.
+    /// What the products of pointwise convolutions multiply; f32 in the forward pass of the first half of the backbone.
     const PRODUCTS: PassProducts;
 }
 
@@ -243,8 +251,9 @@ pub struct Full;
 #[derive(Debug, Clone, Copy)]
 pub struct Half;
 
-/// Gradients as bfloat16, and so are the operands of matrix products in both passes. Activations are float16: the 8 significant
-/// bits of bfloat16 are too few in front of batch norm, which takes the mean off and leaves the rounding.
+/// Gradients as bfloat16, and so are the operands of matrix products in the backward pass, and in the forward pass behind the middle of
+/// the backbone. Before it the 8 significant bits of bfloat16 are too few, for many layers amplify what is rounded off there; they are
+/// too few for tensors in front of batch norm, too, which takes the mean off and leaves the rounding: these are float16.
 #[derive(Debug, Clone, Copy)]
 pub struct Brain;
 

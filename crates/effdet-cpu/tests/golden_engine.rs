@@ -202,7 +202,7 @@ fn gradient_errors(network: &Network, got: &[f32], expected: &[f32]) -> (f64, f6
 }
 
 /// Gradients from float64 in relative distance, with weights as at the start of a run and pixels drawn at random: fp32 8e-6, fp16
-/// 0.09, bf16 0.22, other images 1.5. The network multiplies rounding by hundreds here, batch norm over maps of few cells most of
+/// and bf16 0.09, other images 1.5. The network multiplies rounding by hundreds here, batch norm over maps of few cells most of
 /// all; what halves may cost is what their digits are fewer, and far less than what the choice of images does.
 #[test]
 fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
@@ -238,7 +238,7 @@ fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
     assert!(full < 3e-5, "{full}");
     // float16 has 13 bits less than float32, bfloat16 16; float16 rounds tensors that float32 does not round again.
     assert!(half < full * 2f64.powi(14) && half < 0.15, "{half}");
-    assert!(brain < full * 2f64.powi(16) && brain < 0.3, "{brain}");
+    assert!(brain < full * 2f64.powi(16) && brain < 0.15, "{brain}");
     assert!(other > 1.0, "{other}");
 }
 

@@ -93,7 +93,7 @@ pub enum Precision {
     Fp32,
     /// As float16; gradients need a loss scale.
     Fp16,
-    /// Gradients as bfloat16, which has the range of float32; what convolutions multiply may be rounded likewise in both passes.
+    /// Gradients as bfloat16, which has the range of float32; what convolutions multiply may be rounded likewise.
     Bf16,
 }
 

@@ -104,6 +104,10 @@ impl<P: Storage> BlockState<P> {
         let wide = layer.depthwise.channels;
         let in_channels = layer.expand.map_or(wide, |(conv, _)| conv.in_channels);
         let (forward, backward) = (Step::Block(index), Step::BlockBackward(index));
+        let products = match 2 * index > timeline.blocks() {
+            true => context.products,
+            false => context.products.with_single_forward(),
+        };
         let kept_steps = timeline.span(forward, backward);
         // The gradient by the first block's input is the stem's.
         let dz_steps = match index {
@@ -153,7 +157,7 @@ impl<P: Storage> BlockState<P> {
             images,
             x,
             expand: layer.expand.map(|(conv, bn)| Expand {
-                weights: context.weights(conv.in_channels, conv.out_channels),
+                weights: PackedWeights::with_products(conv.in_channels, conv.out_channels, products),
                 y1,
                 bn1: BatchNormState::new(&[bn]),
                 rows: RowPlan::images(images, layer.input.cells()),
@@ -174,7 +178,7 @@ impl<P: Storage> BlockState<P> {
                 layer.depthwise.size,
                 layer.depthwise.stride,
             ),
-            project: context.weights(wide, layer.project.out_channels),
+            project: PackedWeights::with_products(wide, layer.project.out_channels, products),
             y3,
             output_gradient,
             da,

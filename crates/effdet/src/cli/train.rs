@@ -294,8 +294,8 @@ pub struct TrainArgs {
     #[arg(long)]
     pub no_doctor: bool,
     /// How activations and gradients are stored: fp32, fp16 or bf16. The half precisions take less memory; sums, batch norm and
-    /// weights stay float32. fp16 scales the loss dynamically; bf16 rounds what 1x1 convolutions multiply to bfloat16, which is
-    /// faster where the processor has an instruction for it (`effdet inspect machine` tells).
+    /// weights stay float32. fp16 scales the loss dynamically; bf16 rounds what most 1x1 convolutions multiply to bfloat16, which
+    /// is faster where the processor has an instruction for it (`effdet inspect machine` tells).
     #[arg(long, value_name = "PRECISION", value_parser = parse_precision)]
     pub precision: Option<Precision>,
     /// Compute the wide tensors of MBConv blocks again in the backward pass instead of keeping them: less memory, more time, the
