@@ -9,14 +9,14 @@ use super::{SQRT_HALF_BITS, Simd};
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2;
 
-/// 16 lanes: AVX-512 F, VL, DQ and BW, with a way to round to bfloat16.
+/// The vectors of AVX-512, with a way to round to bfloat16.
 #[derive(Debug, Clone, Copy)]
 pub struct Wide<R>(PhantomData<R>);
 
-/// [`Wide`] without further instructions.
+/// 16 lanes: AVX-512 F, VL, DQ and BW.
 pub type Avx512 = Wide<RoundBySteps>;
 
-/// [`Wide`] where the processor rounds to bfloat16 by instructions of its own (AVX-512 BF16).
+/// [`Avx512`] where the processor rounds to bfloat16 by instructions of its own (AVX-512 BF16).
 pub type Avx512Bf16 = Wide<RoundByInstruction>;
 
 /// Rounds 16 lanes to bfloat16 as [`Simd`] says.
