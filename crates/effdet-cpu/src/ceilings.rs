@@ -4,16 +4,22 @@
 
 use std::hint::black_box;
 
-use crate::arena::{ALIGNMENT, SharedPtr};
+use crate::arena::{ALIGNMENT, AlignedBuf, SharedPtr};
 use crate::kernels::Executor;
+use crate::kernels::gemm::{self, Epilogue, Multiply, PANEL, Prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx512, NativePairs};
-use crate::simd::{PairProduct, Product, Simd, SingleProduct, dispatch, has_native_bf16};
+use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch, has_native_bf16, has_tiles};
 use crate::storage::Products;
 
 /// Whether the processor has an instruction for products of bfloat16 pairs that kernels on this executor's instruction set use.
 pub fn has_bf16_products(executor: &Executor) -> bool {
     has_native_bf16(executor.isa())
+}
+
+/// Whether the processor has instructions for products of bfloat16 in tiles that kernels on this executor's instruction set use.
+pub fn has_tile_products(executor: &Executor) -> bool {
+    has_tiles(executor.isa())
 }
 
 /// Independent chains of multiply-adds, enough for the latency of any processor.
@@ -95,7 +101,37 @@ unsafe fn native_pairs(turns: usize) -> (f32, usize) {
     }
 }
 
-/// Does nothing but multiply-adds in registers, on all threads, and returns the floating-point operations that were done.
+/// Products of matrices that the innermost cache holds: one of them for every so many `turns`, and lanes as if for each of these.
+///
+/// # Safety
+/// `isa` must be available.
+unsafe fn tiles(isa: Isa, turns: usize) -> (f32, usize) {
+    const TURNS: usize = 64;
+    let (rows, columns, depth) = (96, 32, 64);
+    let (a, b) = (
+        AlignedBuf::zeroed(rows * depth),
+        AlignedBuf::<f32>::zeroed(columns * depth),
+    );
+    let mut c = AlignedBuf::zeroed(rows * columns);
+    let product = Multiply {
+        rows,
+        columns,
+        depth,
+        a: a.as_ptr(),
+        a_stride: depth,
+        b: b.as_ptr(),
+        b_panel_stride: depth * PANEL,
+        epilogue: Epilogue::store(c.as_mut_ptr(), columns),
+    };
+    for _ in 0..turns.div_ceil(TURNS) {
+        // SAFETY: the buffers have the sizes given; the instruction set is the caller's promise.
+        unsafe { gemm::multiply(isa, Products::Bf16Tiles, &product, &mut Prefetch::none()) };
+    }
+    (c[0], 2 * rows * columns * depth / TURNS)
+}
+
+/// Does nothing but multiply-adds in registers, on all threads, and returns the floating-point operations that were done. Tiles are
+/// loaded from the innermost cache.
 pub fn multiply_adds(executor: &Executor, products: Products, turns: usize) -> f64 {
     let (isa, threads) = (executor.isa(), executor.pool().threads());
     let mut done = vec![0usize; threads];
@@ -108,6 +144,7 @@ pub fn multiply_adds(executor: &Executor, products: Products, turns: usize) -> f
                 #[cfg(target_arch = "x86_64")]
                 Products::Bf16Pairs if has_native_bf16(isa) => native_pairs(turns),
                 Products::Bf16Pairs => pairs(isa, turns),
+                Products::Bf16Tiles => tiles(isa, turns),
             };
             black_box(sum);
             *counts.get().add(task) = lanes;
@@ -224,9 +261,9 @@ mod tests {
     fn work_is_counted_for_every_instruction_set_and_copies_arrive() {
         for isa in Isa::available() {
             let executor = Executor::new(2, isa);
-            for products in [Products::Single, Products::Bf16Pairs] {
-                let [once, twice] = [10, 20].map(|turns| multiply_adds(&executor, products, turns));
-                assert!(once >= (2 * 2 * 10 * 12 * 4) as f64, "{isa}: {once}");
+            for products in [Products::Single, Products::Bf16Pairs, Products::Bf16Tiles] {
+                let [once, twice] = [64, 128].map(|turns| multiply_adds(&executor, products, turns));
+                assert!(once >= (2 * 2 * 64 * 12 * 4) as f64, "{isa}: {once}");
                 assert_eq!(twice, 2.0 * once, "{isa}");
             }
             let from = AlignedBuf::from_slice(&(0..2048).map(|i| i as f32).collect::<Vec<_>>());

@@ -8,6 +8,8 @@
     reason = "all methods need what the method of `Simd` that they call needs"
 )]
 
+use effdet_model::engine::Precision;
+
 use crate::arena::Element;
 use crate::simd::Simd;
 
@@ -87,6 +89,8 @@ pub trait Stored: Element + PartialEq + std::fmt::Debug {
     fn from_f32(x: f32) -> Self;
     /// To f32, exactly.
     fn to_f32(self) -> f32;
+    /// The pointer itself, where the format is f32.
+    fn as_f32(pointer: *mut Self) -> Option<*mut f32>;
     /// See [`Simd::load`].
     unsafe fn load<S: Simd>(source: *const Self) -> S::V;
     /// See [`Simd::load_partial`].
@@ -107,6 +111,9 @@ impl Stored for f32 {
     }
     fn to_f32(self) -> f32 {
         self
+    }
+    fn as_f32(pointer: *mut Self) -> Option<*mut f32> {
+        Some(pointer)
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(source: *const Self) -> S::V {
@@ -146,6 +153,9 @@ macro_rules! half {
             }
             fn to_f32(self) -> f32 {
                 self.to_f32()
+            }
+            fn as_f32(_: *mut Self) -> Option<*mut f32> {
+                None
             }
             #[inline(always)]
             unsafe fn load<S: Simd>(source: *const Self) -> S::V {
@@ -196,6 +206,9 @@ pub enum Products {
     /// Two bfloat16 that follow each other along the index that is summed over, the first in the lower half; the second
     /// product is added first. Sums are f32.
     Bf16Pairs,
+    /// The same lanes, in the order of AMX tiles: of 16 lanes each, those of the lower halves are summed apart from those of the
+    /// upper ones before both are added to the rest.
+    Bf16Tiles,
 }
 
 impl Products {
@@ -203,12 +216,18 @@ impl Products {
     pub(crate) const fn lanes(self, depth: usize) -> usize {
         match self {
             Self::Single => depth,
-            Self::Bf16Pairs => depth.div_ceil(2),
+            Self::Bf16Pairs | Self::Bf16Tiles => depth.div_ceil(2),
         }
+    }
+
+    /// Whether a lane holds two values.
+    pub(crate) const fn are_paired(self) -> bool {
+        !matches!(self, Self::Single)
     }
 }
 
-/// What the products of a layer's two passes multiply.
+/// What the products of a layer's two passes multiply; f32 in the forward pass of the first half of the backbone, where the 8
+/// significant bits of bfloat16 are too few, for many layers amplify what is rounded off there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PassProducts {
     /// Of inputs and weights.
@@ -223,6 +242,19 @@ impl PassProducts {
         forward: Products::Single,
         backward: Products::Single,
     };
+
+    /// What training in `precision` multiplies.
+    pub fn of(precision: Precision) -> Self {
+        let both = |products| Self {
+            forward: products,
+            backward: products,
+        };
+        match precision {
+            Precision::Fp32 | Precision::Fp16 => Self::SINGLE,
+            Precision::Bf16Pairs => both(Products::Bf16Pairs),
+            Precision::Bf16Tiles => both(Products::Bf16Tiles),
+        }
+    }
 
     /// The same with f32 in the forward pass.
     pub const fn with_single_forward(self) -> Self {
@@ -239,8 +271,6 @@ pub trait Storage: Send + std::fmt::Debug + 'static {
     type Activation: Stored;
     /// Gradients by what batch norm puts out.
     type Gradient: Stored;
-    /// What the products of pointwise convolutions multiply; f32 in the forward pass of the first half of the backbone.
-    const PRODUCTS: PassProducts;
 }
 
 /// float32.
@@ -251,31 +281,24 @@ pub struct Full;
 #[derive(Debug, Clone, Copy)]
 pub struct Half;
 
-/// Gradients as bfloat16, and so are the operands of matrix products in the backward pass, and in the forward pass behind the middle of
-/// the backbone. Before it the 8 significant bits of bfloat16 are too few, for many layers amplify what is rounded off there; they are
-/// too few for tensors in front of batch norm, too, which takes the mean off and leaves the rounding: these are float16.
+/// Gradients as bfloat16. Its 8 significant bits are too few for tensors in front of batch norm, which takes the mean off and
+/// leaves the rounding: these are float16.
 #[derive(Debug, Clone, Copy)]
 pub struct Brain;
 
 impl Storage for Full {
     type Activation = f32;
     type Gradient = f32;
-    const PRODUCTS: PassProducts = PassProducts::SINGLE;
 }
 
 impl Storage for Half {
     type Activation = F16;
     type Gradient = F16;
-    const PRODUCTS: PassProducts = PassProducts::SINGLE;
 }
 
 impl Storage for Brain {
     type Activation = F16;
     type Gradient = Bf16;
-    const PRODUCTS: PassProducts = PassProducts {
-        forward: Products::Bf16Pairs,
-        backward: Products::Bf16Pairs,
-    };
 }
 
 #[cfg(test)]

@@ -123,7 +123,9 @@ fn training_gives_the_same_bits_on_every_instruction_set() {
         ("d0", Precision::Fp32),
         ("lite0", Precision::Fp32),
         ("d0", Precision::Fp16),
-        ("lite0", Precision::Bf16),
+        ("lite0", Precision::Bf16Pairs),
+        ("d0", Precision::Bf16Tiles),
+        ("lite0", Precision::Bf16Tiles),
     ] {
         let network = odd_network(preset);
         let run = |isa| {
@@ -146,7 +148,12 @@ fn training_gives_the_same_bits_on_every_instruction_set() {
 #[test]
 fn training_gives_the_same_bits_with_any_number_of_threads() {
     let network = odd_network("d0");
-    for precision in [Precision::Fp32, Precision::Fp16, Precision::Bf16] {
+    for precision in [
+        Precision::Fp32,
+        Precision::Fp16,
+        Precision::Bf16Pairs,
+        Precision::Bf16Tiles,
+    ] {
         let run = |threads| {
             let options = CpuOptions {
                 threads,
@@ -167,7 +174,12 @@ fn training_gives_the_same_bits_with_any_number_of_threads() {
 fn blocks_that_are_computed_again_give_the_same_bits() {
     for preset in ["d0", "d1", "lite0"] {
         let network = odd_network(preset);
-        for precision in [Precision::Fp32, Precision::Fp16, Precision::Bf16] {
+        for precision in [
+            Precision::Fp32,
+            Precision::Fp16,
+            Precision::Bf16Pairs,
+            Precision::Bf16Tiles,
+        ] {
             let [kept, again] = [false, true].map(|grad_checkpoint| {
                 let options = CpuOptions {
                     threads: 2,
@@ -223,7 +235,13 @@ fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
     let (_, of_other) = other.step(&network, &mut fast_engine(Arc::clone(&network)));
     let (other, _) = gradient_errors(&network, &of_other, &expected);
     println!("other images: gradient distance {other:.2}");
-    let errors = [Precision::Fp32, Precision::Fp16, Precision::Bf16].map(|precision| {
+    let errors = [
+        Precision::Fp32,
+        Precision::Fp16,
+        Precision::Bf16Pairs,
+        Precision::Bf16Tiles,
+    ]
+    .map(|precision| {
         let options = CpuOptions {
             precision,
             ..CpuOptions::default()
@@ -234,11 +252,12 @@ fn gradients_in_half_precision_lose_no_more_than_the_digits_they_lack() {
         println!("{precision}: gradient distance {all:.1e}, median over variables {median:.1e}");
         all
     });
-    let [full, half, brain] = errors;
+    let [full, half, brain, tiles] = errors;
     assert!(full < 3e-5, "{full}");
     // float16 has 13 bits less than float32, bfloat16 16; float16 rounds tensors that float32 does not round again.
     assert!(half < full * 2f64.powi(14) && half < 0.15, "{half}");
     assert!(brain < full * 2f64.powi(16) && brain < 0.15, "{brain}");
+    assert!(tiles < full * 2f64.powi(16) && tiles < 0.15, "{tiles}");
     assert!(other > 1.0, "{other}");
 }
 

@@ -86,25 +86,30 @@ impl Default for StepOptions<'_> {
 /// How an engine stores the large tensors of a training step. Parameters, batch-norm statistics and sums are f32 or better
 /// in all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// As float32.
     #[default]
     Fp32,
     /// As float16; gradients need a loss scale.
     Fp16,
-    /// Gradients as bfloat16, which has the range of float32; what convolutions multiply may be rounded likewise.
-    Bf16,
+    /// Gradients as bfloat16, which has the range of float32; what convolutions multiply may be rounded likewise, and two such
+    /// products after the other are added to a sum (as AVX-512's `vdpbf16ps` does).
+    #[serde(alias = "bf16")]
+    Bf16Pairs,
+    /// The same, with the products of blocks added up apart from the sum (as AMX's `tdpbf16ps` does).
+    Bf16Tiles,
 }
 
 impl Precision {
-    const ALL: [Self; 3] = [Self::Fp32, Self::Fp16, Self::Bf16];
+    const ALL: [Self; 4] = [Self::Fp32, Self::Fp16, Self::Bf16Pairs, Self::Bf16Tiles];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Fp32 => "fp32",
             Self::Fp16 => "fp16",
-            Self::Bf16 => "bf16",
+            Self::Bf16Pairs => "bf16-pairs",
+            Self::Bf16Tiles => "bf16-tiles",
         }
     }
 }
@@ -117,7 +122,7 @@ impl fmt::Display for Precision {
 
 /// A name that is no precision.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown precision {0:?}: use fp32, fp16 or bf16")]
+#[error("unknown precision {0:?}: use fp32, fp16, bf16-pairs or bf16-tiles")]
 pub struct UnknownPrecision(String);
 
 impl FromStr for Precision {

@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn only_float16_gradients_are_scaled() {
         assert!(LossScale::new(Precision::Fp32).is_none());
-        assert!(LossScale::new(Precision::Bf16).is_none());
+        assert!(LossScale::new(Precision::Bf16Pairs).is_none());
         assert_eq!(LossScale::new(Precision::Fp16).unwrap().scale(), 32_768.0);
     }
 

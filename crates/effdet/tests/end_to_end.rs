@@ -336,7 +336,10 @@ fn wrong_use_is_an_error_of_usage_that_suggests_the_right_one() {
     let message = scratch.fail(1, "train --early-stop mAP");
     assert!(message.contains("known metrics are AP, AP50"), "{message}");
     let message = scratch.fail(2, "train --precision fp8");
-    assert!(message.contains("use fp32, fp16 or bf16"), "{message}");
+    assert!(
+        message.contains("use fp32, fp16, bf16, bf16-pairs or bf16-tiles"),
+        "{message}"
+    );
     let message = scratch.fail(1, "train --amp --precision fp32");
     assert!(message.contains("contradicts"), "{message}");
 }

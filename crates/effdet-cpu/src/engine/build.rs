@@ -7,7 +7,7 @@ use super::bifpn::Pyramid;
 use super::heads::Heads;
 use super::pass::{Clock, Pass};
 use super::timeline::{Step, Timeline};
-use super::{Keep, act_of};
+use super::{Keep, LayerOptions, act_of};
 use crate::arena::{AlignedBuf, Lifetime};
 use crate::kernels::depthwise::DepthwisePlan;
 use crate::kernels::pointwise::{PackedWeights, Packing, RowPlan};
@@ -88,20 +88,20 @@ impl BuildContext<'_> {
 }
 
 impl<P: Storage> Layers<P> {
-    pub(super) fn new(network: &Network, images: usize, keep: Keep) -> Self {
-        let (_, memory) = Self::plan(network, images, keep);
+    pub(super) fn new(network: &Network, images: usize, options: LayerOptions) -> Self {
+        let (_, memory) = Self::plan(network, images, options);
         let mut memory = memory.allocate();
-        Self::build(network, images, keep, &mut memory)
+        Self::build(network, images, options, &mut memory)
     }
 
     /// Layers without memory, and what they ask for.
-    pub(super) fn plan(network: &Network, images: usize, keep: Keep) -> (Self, Memory) {
-        let mut memory = Memory::plan(keep.training());
-        (Self::build(network, images, keep, &mut memory), memory)
+    pub(super) fn plan(network: &Network, images: usize, options: LayerOptions) -> (Self, Memory) {
+        let mut memory = Memory::plan(options.keep.training());
+        (Self::build(network, images, options, &mut memory), memory)
     }
 
-    pub(super) fn training_memory(network: &Network, images: usize, keep: Keep) -> MemoryEstimate {
-        let (layers, mut memory) = Self::plan(network, images, keep);
+    pub(super) fn training_memory(network: &Network, images: usize, options: LayerOptions) -> MemoryEstimate {
+        let (layers, mut memory) = Self::plan(network, images, options);
         let mut beside = Beside::default();
         layers.backbone.count(&mut beside);
         layers.pyramid.count(&mut beside);
@@ -115,15 +115,20 @@ impl<P: Storage> Layers<P> {
         }
     }
 
-    pub(super) fn build(network: &Network, images: usize, keep: Keep, memory: &mut Memory) -> Self {
+    pub(super) fn build(
+        network: &Network,
+        images: usize,
+        options: LayerOptions,
+        memory: &mut Memory,
+    ) -> Self {
         let act = act_of(network.hparams.act_type);
         let timeline = Timeline::new(network);
         let len = Heads::input_len(network, images);
         let clock = Clock::new(timeline, memory.region());
         let mut context = BuildContext {
             images,
-            keep,
-            products: P::PRODUCTS,
+            keep: options.keep,
+            products: options.products,
             timeline,
             memory,
         };

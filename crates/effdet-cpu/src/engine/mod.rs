@@ -37,9 +37,9 @@ use crate::kernels::Executor;
 use crate::kernels::stem::Normalize;
 use crate::math::Act;
 use crate::probe::Probe;
-use crate::simd::Isa;
+use crate::simd::{Isa, has_tiles};
 use crate::stochastic_depth::DrawKeys;
-use crate::storage::{Brain, Full, Half, Storage};
+use crate::storage::{Brain, Full, Half, PassProducts, Storage};
 
 pub use self::build::MemoryEstimate;
 
@@ -74,6 +74,23 @@ impl Keep {
     }
 }
 
+/// How layers are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct LayerOptions {
+    /// What they keep of a forward pass.
+    keep: Keep,
+    /// What their pointwise convolutions multiply.
+    products: PassProducts,
+}
+
+impl LayerOptions {
+    /// For a forward pass in f32 alone.
+    const FORWARD: Self = Self {
+        keep: Keep::Outputs,
+        products: PassProducts::SINGLE,
+    };
+}
+
 /// Runs an EfficientDet on the CPU.
 ///
 /// # Determinism
@@ -84,8 +101,8 @@ pub struct CpuEngine {
     executor: Executor,
     anchors: Anchors,
     training: Training,
-    /// What training steps keep.
-    keep: Keep,
+    /// How the layers of training steps are built.
+    layer_options: LayerOptions,
     /// Layers whose outputs can all be named.
     traced: Option<Box<Layers<Full>>>,
     inference: Option<Plan>,
@@ -131,6 +148,14 @@ pub(crate) fn executor(options: CpuOptions) -> Result<Executor, EngineError> {
     Ok(Executor::new(threads, isa))
 }
 
+/// The bfloat16 precision whose products this processor has instructions for; that of pairs where it has none.
+pub fn fastest_bf16() -> Precision {
+    match has_tiles(Isa::detect()) {
+        true => Precision::Bf16Tiles,
+        false => Precision::Bf16Pairs,
+    }
+}
+
 /// # Errors
 /// [`EngineError::Shape`] for weights of another network.
 pub(crate) fn check_weights(network: &Network, weights: &Weights) -> Result<(), EngineError> {
@@ -169,11 +194,14 @@ impl CpuEngine {
             training: match options.precision {
                 Precision::Fp32 => Training::Full(None),
                 Precision::Fp16 => Training::Half(None),
-                Precision::Bf16 => Training::Brain(None),
+                Precision::Bf16Pairs | Precision::Bf16Tiles => Training::Brain(None),
             },
-            keep: match options.grad_checkpoint {
-                true => Keep::BlockInputs,
-                false => Keep::All,
+            layer_options: LayerOptions {
+                keep: match options.grad_checkpoint {
+                    true => Keep::BlockInputs,
+                    false => Keep::All,
+                },
+                products: PassProducts::of(options.precision),
             },
             traced: None,
             inference: None,
@@ -205,11 +233,11 @@ impl CpuEngine {
     /// Left out are the threads' scratch memory and vectors over channels, some megabytes, and what belongs to the caller:
     /// weights, gradients and the batch.
     pub fn training_memory(&self, images: usize) -> MemoryEstimate {
-        let (network, keep) = (&self.network, self.keep);
+        let (network, options) = (&self.network, self.layer_options);
         match self.training {
-            Training::Full(_) => Layers::<Full>::training_memory(network, images, keep),
-            Training::Half(_) => Layers::<Half>::training_memory(network, images, keep),
-            Training::Brain(_) => Layers::<Brain>::training_memory(network, images, keep),
+            Training::Full(_) => Layers::<Full>::training_memory(network, images, options),
+            Training::Half(_) => Layers::<Half>::training_memory(network, images, options),
+            Training::Brain(_) => Layers::<Brain>::training_memory(network, images, options),
         }
     }
 
@@ -249,13 +277,13 @@ fn layers_for<'a, P: Storage>(
     slot: &'a mut Option<Box<Layers<P>>>,
     network: &Network,
     images: usize,
-    keep: Keep,
+    options: LayerOptions,
 ) -> &'a mut Layers<P> {
     if slot.as_ref().is_some_and(|layers| layers.images != images) {
         // Freed first, so that two sets of buffers never exist at once.
         *slot = None;
     }
-    slot.get_or_insert_with(|| Box::new(Layers::new(network, images, keep)))
+    slot.get_or_insert_with(|| Box::new(Layers::new(network, images, options)))
 }
 
 /// The first variable of a head.
@@ -328,13 +356,13 @@ impl CpuEngine {
             buffer: gradients,
         };
         let (network, anchors) = (&*self.network, &self.anchors);
-        let (loss_scale, keep) = (options.loss_scale, self.keep);
+        let (loss_scale, layer_options) = (options.loss_scale, self.layer_options);
         Ok(match &mut self.training {
-            Training::Full(slot) => layers_for(slot, network, images, keep)
+            Training::Full(slot) => layers_for(slot, network, images, layer_options)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
-            Training::Half(slot) => layers_for(slot, network, images, keep)
+            Training::Half(slot) => layers_for(slot, network, images, layer_options)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
-            Training::Brain(slot) => layers_for(slot, network, images, keep)
+            Training::Brain(slot) => layers_for(slot, network, images, layer_options)
                 .step(pass, network, anchors, batch, loss_scale, gradients),
         })
     }

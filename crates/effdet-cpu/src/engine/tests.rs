@@ -57,7 +57,7 @@ fn predicted_memory_is_what_a_step_allocates() {
     for (preset, images, precision, grad_checkpoint) in [
         ("d0", 2, Precision::Fp32, false),
         ("d0", 2, Precision::Fp32, true),
-        ("d0", 1, Precision::Bf16, false),
+        ("d0", 1, Precision::Bf16Pairs, false),
         ("lite1", 1, Precision::Fp16, true),
         ("d1", 3, Precision::Fp32, false),
     ] {

@@ -10,7 +10,7 @@ use super::build::Layers;
 use super::heads::{Heads, Which};
 use super::pass::{Pass, Statistics};
 use super::timeline::Step;
-use super::{CpuEngine, Keep, check_weights, layers_for};
+use super::{CpuEngine, LayerOptions, check_weights, layers_for};
 use crate::kernels::pointwise::Packing;
 use crate::storage::Full;
 
@@ -35,7 +35,12 @@ impl CpuEngine {
         let (normalize_input, fusion) = (self.normalize_input(), self.fusion());
         // Batch statistics are made in training passes only, and a trace leaves the caller's alone.
         let mut moved = weights.statistics.clone();
-        let layers = layers_for(&mut self.traced, &self.network, images.batch, Keep::Outputs);
+        let layers = layers_for(
+            &mut self.traced,
+            &self.network,
+            images.batch,
+            LayerOptions::FORWARD,
+        );
         let clock = layers.clock.clone();
         let mut pass = Pass {
             executor: &self.executor,

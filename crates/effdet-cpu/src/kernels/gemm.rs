@@ -5,13 +5,19 @@
 //! index, whatever the tile, so the tile shapes are free to differ between instruction sets.
 //!
 //! Along the index that is summed over, operands consist of lanes: an f32 each, or two bfloat16 ([`Products`]). What is
-//! called depth here counts lanes.
+//! called depth here counts lanes. Products in the order of tiles are several chains, see [`tile_order`].
 
 use crate::arena::ALIGNMENT;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::simd::has_tiles;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx512, NativePairs, has_native_bf16};
 use crate::simd::{Isa, PairProduct, Product, Simd, SingleProduct, dispatch};
 use crate::storage::{Bf16, Products, Stored};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+mod tile_order;
 
 /// The lane of two bfloat16.
 fn pair(low: f32, high: f32) -> f32 {
@@ -21,6 +27,9 @@ fn pair(low: f32, high: f32) -> f32 {
 
 /// Columns per panel of a packed matrix.
 pub(crate) const PANEL: usize = 16;
+
+/// Rows of a tile in products in the order of tiles.
+pub(crate) const TILE_ROWS: usize = 16;
 
 /// `columns` rounded up to whole panels.
 pub(crate) const fn padded(columns: usize) -> usize {
@@ -159,7 +168,7 @@ pub(crate) struct Multiply<T = f32> {
     pub columns: usize,
     /// Columns of A and rows of B.
     pub depth: usize,
-    /// A, row-major.
+    /// A, row-major; readable up to a multiple of [`TILE_ROWS`] rows where products are in the order of tiles.
     pub a: *const f32,
     /// Values from one row of A to the next.
     pub a_stride: usize,
@@ -479,6 +488,9 @@ macro_rules! products {
                     #[cfg(target_arch = "x86_64")]
                     Products::Bf16Pairs if has_native_bf16(isa) => native $(::<$($used),*>)? (args, ahead),
                     Products::Bf16Pairs => pairs $(::<$($used),*>)? (isa, args, ahead),
+                    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                    Products::Bf16Tiles if has_tiles(isa) => amx::$name(args, ahead),
+                    Products::Bf16Tiles => tile_order::$name(isa, args, ahead),
                 }
             }
         }
@@ -502,7 +514,7 @@ pub(crate) struct MultiplyTransposed {
     pub rows: usize,
     /// Columns of Q and C.
     pub columns: usize,
-    /// P, row-major.
+    /// P, row-major; readable up to whole panels where products are in the order of tiles.
     pub p: *const f32,
     /// Values from one row of P to the next.
     pub p_stride: usize,
@@ -670,9 +682,11 @@ mod tests {
                 pack(&b, n, &mut packed);
                 a
             }
-            Products::Bf16Pairs => {
+            Products::Bf16Pairs | Products::Bf16Tiles => {
                 pack_pairs(&b, n, &mut packed);
-                pairs_of_columns(&a, k)
+                let mut rows = pairs_of_columns(&a, k);
+                rows.resize(m.next_multiple_of(TILE_ROWS) * lanes, f32::NAN);
+                rows
             }
         };
         let (mut c, mut sums) = (values(m * (n + 3), 4), vec![0.5; 2 * padded(n)]);
@@ -721,11 +735,13 @@ mod tests {
     fn operand(products: Products, value: f32) -> f64 {
         f64::from(match products {
             Products::Single => value,
-            Products::Bf16Pairs => Bf16::from_f32(value).to_f32(),
+            Products::Bf16Pairs | Products::Bf16Tiles => Bf16::from_f32(value).to_f32(),
         })
     }
 
-    const SHAPES: [(usize, usize, usize); 9] = [
+    const SHAPES: [(usize, usize, usize); 11] = [
+        (70, 40, 100),
+        (64, 48, 63),
         (1, 1, 1),
         (13, 8, 3),
         (7, 24, 27),
@@ -738,8 +754,8 @@ mod tests {
     ];
 
     fn shapes() -> impl Iterator<Item = ((usize, usize, usize), Products)> {
-        let both = |shape| [Products::Single, Products::Bf16Pairs].map(|products| (shape, products));
-        SHAPES.into_iter().flat_map(both)
+        let all = [Products::Single, Products::Bf16Pairs, Products::Bf16Tiles];
+        (SHAPES.into_iter()).flat_map(move |shape| all.map(|products| (shape, products)))
     }
 
     #[test]
@@ -798,9 +814,9 @@ mod tests {
         (m, n, k): (usize, usize, usize),
         accumulate: bool,
     ) -> Vec<f32> {
-        let (mut p, mut q) = (values(m * k, 1), values(m * padded(n), 2));
-        if products == Products::Bf16Pairs {
-            (p, q) = (pairs_of_rows(&p, k), pairs_of_rows(&q, padded(n)));
+        let (mut p, mut q) = (values(m * padded(k), 1), values(m * padded(n), 2));
+        if products.are_paired() {
+            (p, q) = (pairs_of_rows(&p, padded(k)), pairs_of_rows(&q, padded(n)));
         }
         let mut c = values(k * padded(n), 3);
         let args = MultiplyTransposed {
@@ -808,7 +824,7 @@ mod tests {
             rows: k,
             columns: n,
             p: p.as_ptr(),
-            p_stride: k,
+            p_stride: padded(k),
             q: q.as_ptr(),
             q_stride: padded(n),
             c: c.as_mut_ptr(),
@@ -824,7 +840,7 @@ mod tests {
     fn a_transposed_product_matches_float64_and_has_the_same_bits_on_every_instruction_set() {
         for ((m, n, k), products) in shapes() {
             let (p, q, before) = (
-                values(m * k, 1),
+                values(m * padded(k), 1),
                 values(m * padded(n), 2),
                 values(k * padded(n), 3),
             );
@@ -840,7 +856,7 @@ mod tests {
                 for i in 0..k {
                     for j in 0..n {
                         let dot = |r: usize| {
-                            operand(products, p[r * k + i]) * operand(products, q[r * padded(n) + j])
+                            operand(products, p[r * padded(k) + i]) * operand(products, q[r * padded(n) + j])
                         };
                         let start = if accumulate {
                             f64::from(before[i * padded(n) + j])

@@ -441,7 +441,7 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
     let slab_width = slab_columns(outputs).min(outputs);
     let x_stride = match products {
         Products::Single => 0,
-        Products::Bf16Pairs => scratch_stride(inputs),
+        Products::Bf16Pairs | Products::Bf16Tiles => scratch_stride(inputs),
     };
     let scratch_len = Bump::room(2 * sums_stride)
         + Bump::room(bias_len)
@@ -470,7 +470,7 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
                 let at = block.row * inputs;
                 let (p, p_stride) = match products {
                     Products::Single => (x.as_ptr().add(at), inputs),
-                    Products::Bf16Pairs => {
+                    Products::Bf16Pairs | Products::Bf16Tiles => {
                         let pass = CopyRows {
                             rows: block.rows,
                             columns: inputs,
@@ -722,7 +722,7 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
                             },
                         ),
                         // A pair of rows takes the place of a row that was read before.
-                        Products::Bf16Pairs => pass.run(
+                        Products::Bf16Pairs | Products::Bf16Tiles => pass.run(
                             isa,
                             RowPairs {
                                 out: tile,

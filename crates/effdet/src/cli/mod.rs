@@ -237,8 +237,8 @@ pub struct BenchOptions {
     #[arg(long, default_value_t = 5, alias = "iters", alias = "bm_runs")]
     pub steps: usize,
     /// How training stores activations and gradients: fp32, fp16 or bf16.
-    #[arg(long, value_name = "PRECISION", value_parser = train::parse_precision)]
-    pub precision: Option<effdet_model::engine::Precision>,
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<train::PrecisionChoice>,
     /// Compute wide tensors again in the backward pass instead of keeping them.
     #[arg(long)]
     pub grad_checkpoint: bool,
@@ -251,7 +251,7 @@ impl BenchOptions {
     /// What a training step keeps.
     pub fn step_memory(&self) -> StepMemory {
         StepMemory {
-            precision: self.precision.unwrap_or_default(),
+            precision: (self.precision).map_or_else(Default::default, train::PrecisionChoice::resolve),
             grad_checkpoint: self.grad_checkpoint,
         }
     }

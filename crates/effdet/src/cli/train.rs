@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use effdet_model::engine::Precision;
+use effdet_cpu::engine::fastest_bf16;
+use effdet_model::engine::{Precision, UnknownPrecision};
 
 use super::{AugmentArgs, RankArgs};
 
@@ -295,9 +296,11 @@ pub struct TrainArgs {
     pub no_doctor: bool,
     /// How activations and gradients are stored: fp32, fp16 or bf16. The half precisions take less memory; sums, batch norm and
     /// weights stay float32. fp16 scales the loss dynamically; bf16 rounds what most 1x1 convolutions multiply to bfloat16, which
-    /// is faster where the processor has an instruction for it (`effdet inspect machine` tells).
-    #[arg(long, value_name = "PRECISION", value_parser = parse_precision)]
-    pub precision: Option<Precision>,
+    /// is faster where the processor has instructions for it. There are two kinds of these, which add up in different orders: bf16
+    /// means bf16-tiles on processors with AMX and bf16-pairs on others (`effdet inspect machine` tells), and a run keeps the order
+    /// that it began with. Named in full, each gives the same bits on every processor.
+    #[arg(long, value_name = "PRECISION")]
+    pub precision: Option<PrecisionChoice>,
     /// Compute the wide tensors of MBConv blocks again in the backward pass instead of keeping them: less memory, more time, the
     /// same bits.
     #[arg(long)]
@@ -385,19 +388,59 @@ fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
-/// A precision as the command line names it.
-pub(super) fn parse_precision(name: &str) -> Result<Precision, String> {
-    name.parse()
-        .map_err(|error: effdet_model::engine::UnknownPrecision| error.to_string())
+/// What `--precision` asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrecisionChoice {
+    /// One by its name.
+    Exactly(Precision),
+    /// bfloat16, multiplied as this processor does best.
+    Bf16,
+}
+
+impl FromStr for PrecisionChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "bf16" => Ok(Self::Bf16),
+            _ => (name.parse().map(Self::Exactly)).map_err(|_: UnknownPrecision| {
+                format!("unknown precision {name:?}: use fp32, fp16, bf16, bf16-pairs or bf16-tiles")
+            }),
+        }
+    }
+}
+
+impl PrecisionChoice {
+    /// The precision of a new run.
+    pub fn resolve(self) -> Precision {
+        match self {
+            Self::Exactly(precision) => precision,
+            Self::Bf16 => fastest_bf16(),
+        }
+    }
+
+    /// The precision of a run that had `own`: `bf16` fits both kinds.
+    pub fn resolve_for(self, own: Precision) -> Precision {
+        match (self, own) {
+            (Self::Bf16, Precision::Bf16Pairs | Precision::Bf16Tiles) => own,
+            _ => self.resolve(),
+        }
+    }
 }
 
 impl TrainArgs {
     /// The precision that --precision and --amp ask for; none where both are left out.
-    pub fn precision(&self) -> Option<Precision> {
+    pub fn precision(&self) -> Option<PrecisionChoice> {
         let by_amp = self
             .amp
             .map(|amp| if amp { Precision::Fp16 } else { Precision::Fp32 });
-        self.precision.or(by_amp)
+        self.precision.or(by_amp.map(PrecisionChoice::Exactly))
+    }
+
+    /// The precision of a new run.
+    pub fn new_precision(&self) -> Precision {
+        self.precision()
+            .map_or_else(Precision::default, PrecisionChoice::resolve)
     }
 }
 
@@ -418,5 +461,23 @@ mod tests {
         assert_eq!("auto".parse(), Ok(BatchSize::Auto));
         assert_eq!("16".parse(), Ok(BatchSize::Images(16)));
         assert!("0".parse::<BatchSize>().is_err() && "many".parse::<BatchSize>().is_err());
+    }
+
+    #[test]
+    fn bf16_is_the_processors_kind_for_a_new_run_and_the_runs_own_for_an_old_one() {
+        let bf16: PrecisionChoice = "bf16".parse().unwrap();
+        assert_eq!(bf16.resolve(), fastest_bf16());
+        for own in [Precision::Bf16Pairs, Precision::Bf16Tiles] {
+            assert_eq!(bf16.resolve_for(own), own);
+            let named: PrecisionChoice = own.to_string().parse().unwrap();
+            assert_eq!(named.resolve_for(Precision::Bf16Pairs), own);
+        }
+        assert_eq!(bf16.resolve_for(Precision::Fp32), fastest_bf16());
+        assert!(
+            "bf8"
+                .parse::<PrecisionChoice>()
+                .unwrap_err()
+                .contains("bf16-tiles")
+        );
     }
 }

@@ -93,7 +93,7 @@ pub fn peaks(executor: &Executor, pointwise: Products) -> Peaks {
         gflop_s: gflop_s_of_f32,
         pointwise_gflop_s: match pointwise {
             Products::Single => gflop_s_of_f32,
-            Products::Bf16Pairs => gflop_s(executor, pointwise),
+            Products::Bf16Pairs | Products::Bf16Tiles => gflop_s(executor, pointwise),
         },
         gb_s: read_gb_s(executor, BEYOND_CACHES),
     }

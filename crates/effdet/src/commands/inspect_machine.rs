@@ -3,7 +3,8 @@
 use std::io::Write;
 
 use anyhow::Result;
-use effdet_cpu::ceilings::has_bf16_products;
+use effdet_cpu::ceilings::{has_bf16_products, has_tile_products};
+use effdet_cpu::engine::fastest_bf16;
 use effdet_cpu::kernels::Executor;
 use effdet_cpu::simd::Isa;
 use effdet_cpu::storage::Products;
@@ -36,7 +37,8 @@ pub fn run(engine: &EngineArgs, as_json: bool) -> Result<()> {
     } else {
         "the widest that this processor has"
     };
-    let bf16 = has_bf16_products(&Executor::new(1, isa));
+    let executor = Executor::new(1, isa);
+    let (pairs, tiles) = (has_bf16_products(&executor), has_tile_products(&executor));
     let available: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
     let mut out = std::io::stdout().lock();
     if as_json {
@@ -46,7 +48,8 @@ pub fn run(engine: &EngineArgs, as_json: bool) -> Result<()> {
         let report = json!({
             "cpu": cpu_name(), "threads": all_threads, "available_bytes": available_bytes(),
             "cache_bytes": { "l1": l1, "l2": l2, "l3": l3 },
-            "isa": isa.to_string(), "isa_available": available, "bf16_products": bf16, "ceilings": ceilings,
+            "isa": isa.to_string(), "isa_available": available, "bf16_products": pairs, "bf16_tiles": tiles,
+            "bf16": fastest_bf16().to_string(), "ceilings": ceilings,
             "foreign_cores": foreign_cores,
         });
         writeln!(out, "{report}")?;
@@ -85,12 +88,18 @@ pub fn run(engine: &EngineArgs, as_json: bool) -> Result<()> {
     )?;
     writeln!(
         out,
-        "bfloat16 products {}",
-        if bf16 {
-            "by an instruction of their own (vdpbf16ps)"
+        "bfloat16 products {} in pairs, {} in tiles; --precision bf16 means {}",
+        if pairs {
+            "by an instruction (vdpbf16ps)"
         } else {
-            "as two f32 multiply-adds"
-        }
+            "as f32 multiply-adds"
+        },
+        if tiles {
+            "by an instruction (AMX)"
+        } else {
+            "as f32 multiply-adds"
+        },
+        fastest_bf16(),
     )?;
     writeln!(
         out,
@@ -118,7 +127,7 @@ fn measure(isa: Isa, all_threads: usize, l2: Option<usize>, l3: Option<usize>) -
     let (one, all) = (Executor::new(1, isa), Executor::new(all_threads, isa));
     let both = |measure: &dyn Fn(&Executor) -> f64| (measure(&one), (all_threads > 1).then(|| measure(&all)));
     let mut ceilings = Vec::new();
-    let mut progress = Progress::new(8 + Isa::available().len() as u64, "measuring");
+    let mut progress = Progress::new(9 + Isa::available().len() as u64, "measuring");
     let mut add = |name: String, unit, (one, all): (f64, Option<f64>)| {
         progress.advance(1);
         ceilings.push(Ceiling { name, unit, one, all });
@@ -128,11 +137,13 @@ fn measure(isa: Isa, all_threads: usize, l2: Option<usize>, l3: Option<usize>) -
         let all = (all_threads > 1).then(|| of(all_threads));
         add(format!("f32 multiply-adds, {isa}"), "GFLOP/s", (of(1), all));
     }
-    add(
-        format!("bfloat16 pair products, {isa}"),
-        "GFLOP/s",
-        both(&|executor| gflop_s(executor, Products::Bf16Pairs)),
-    );
+    for (name, products) in [("pair", Products::Bf16Pairs), ("tile", Products::Bf16Tiles)] {
+        add(
+            format!("bfloat16 {name} products, {isa}"),
+            "GFLOP/s",
+            both(&|executor| gflop_s(executor, products)),
+        );
+    }
     // A thread's part of L2; what lies well beyond it for the shared L3.
     let in_l2 = l2.unwrap_or(512 << 10) / 2;
     let in_l3 = (l3.unwrap_or(8 << 20) / 2).max(2 * in_l2);

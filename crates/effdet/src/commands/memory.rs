@@ -81,7 +81,7 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                 )
             };
             let accumulate = args.accumulate.max(1);
-            let memory = args.step_memory(args.precision().unwrap_or_default());
+            let memory = args.step_memory(args.new_precision());
             let mut chosen = None;
             let mut images = 1;
             while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate, memory)? <= bytes {

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use effdet_ckpt::{CheckpointStore, write_file};
+use effdet_model::engine::Precision;
 use effdet_model::network::Network;
 use effdet_train::trainer::TrainState;
 
@@ -52,6 +53,9 @@ pub fn asked(args: &TrainArgs, own: &RunConfig) -> Result<RunConfig> {
         // A run is its ranks together, whatever their number now.
         asked.train.batch_size = batch_size;
     }
+    let own_precision = own.train.precision;
+    let precision =
+        (args.precision()).map_or_else(Precision::default, |choice| choice.resolve_for(own_precision));
     macro_rules! take {
         ($($option:literal => $field:expr, $value:expr;)*) => {
             $(if named($option) { $field = $value; })*
@@ -61,8 +65,8 @@ pub fn asked(args: &TrainArgs, own: &RunConfig) -> Result<RunConfig> {
         "eval_batch_size" => asked.eval_batch_size, args.eval_batch_size.unwrap_or(own.eval_batch_size);
         "eval_samples" => asked.eval_samples, args.eval_samples;
         "accumulate" => asked.train.accumulate, args.accumulate.max(1);
-        "precision" => asked.train.precision, args.precision().unwrap_or_default();
-        "amp" => asked.train.precision, args.precision().unwrap_or_default();
+        "precision" => asked.train.precision, precision;
+        "amp" => asked.train.precision, precision;
         "sync_bn" => asked.train.sync_bn, args.sync_bn;
         "half_gradients" => asked.train.half_gradients, args.half_gradients;
         "num_examples_per_epoch" => asked.train.num_examples_per_epoch, args.num_examples_per_epoch;

@@ -273,7 +273,7 @@ pub fn run_config(
             schedule_shift: 0,
             rule,
             early_stop: early_stop(args)?,
-            precision: args.precision().unwrap_or_default(),
+            precision: args.new_precision(),
             seed: args.seed,
             workers: args.workers.unwrap_or(1),
             use_fake_data: args.use_fake_data,

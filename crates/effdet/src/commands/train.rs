@@ -33,7 +33,8 @@ pub const RUNS: &str = "runs";
 pub const CONFIG_FILE: &str = "config.toml";
 /// Runs the command.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
-    if let (Some(precision), Some(amp)) = (args.precision, args.amp) {
+    if let (Some(choice), Some(amp)) = (args.precision, args.amp) {
+        let precision = choice.resolve();
         ensure!(
             amp == (precision != Precision::Fp32),
             "--amp {amp} contradicts --precision {precision}: leave --amp out"

@@ -141,11 +141,11 @@ impl<'a, X: Stored> LeftOperand<'a, X> {
                 (Self::Activated(input), Products::Single) => {
                     input.form(isa, block, channels, (first, columns), Rows { out, stride });
                 }
-                (Self::Activated(input), Products::Bf16Pairs) => {
+                (Self::Activated(input), Products::Bf16Pairs | Products::Bf16Tiles) => {
                     input.form(isa, block, channels, (first, columns), halves);
                 }
                 (Self::Plain(_) | Self::Normalized { .. }, Products::Single) => return (stored, channels),
-                (Self::Plain(_) | Self::Normalized { .. }, Products::Bf16Pairs) => {
+                (Self::Plain(_) | Self::Normalized { .. }, Products::Bf16Pairs | Products::Bf16Tiles) => {
                     let pass = CopyRows {
                         rows: block.rows,
                         columns,
@@ -307,7 +307,7 @@ impl FormedGradient {
         let whole = scratch_stride(columns);
         match products {
             Products::Single => [whole, 0, 0],
-            Products::Bf16Pairs => [
+            Products::Bf16Pairs | Products::Bf16Tiles => [
                 if with_bias { whole } else { 0 },
                 scratch_stride(products.lanes(columns)),
                 whole,
@@ -357,7 +357,7 @@ impl FormedGradient {
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            if self.products == Products::Bf16Pairs && bias_sums.is_none() {
+            if self.products.are_paired() && bias_sums.is_none() {
                 gradient.form(isa, block, channels, (first, columns), self.halves);
                 return;
             }
@@ -372,7 +372,7 @@ impl FormedGradient {
                 };
                 sweep(isa, &pass);
             }
-            if self.products == Products::Bf16Pairs {
+            if self.products.are_paired() {
                 let pass = CopyRows {
                     rows: block.rows,
                     columns,
@@ -389,7 +389,9 @@ impl FormedGradient {
     pub(super) fn left_operand(&self) -> (*const f32, usize) {
         match self.products {
             Products::Single => (self.plain.out, self.plain.stride),
-            Products::Bf16Pairs => (self.halves.rows.out.cast(), self.halves.rows.stride / 2),
+            Products::Bf16Pairs | Products::Bf16Tiles => {
+                (self.halves.rows.out.cast(), self.halves.rows.stride / 2)
+            }
         }
     }
 
@@ -397,7 +399,7 @@ impl FormedGradient {
     pub(super) fn right_operand(&self) -> (*const f32, usize) {
         match self.products {
             Products::Single => (self.plain.out, self.plain.stride),
-            Products::Bf16Pairs => (self.halves.pairs.out, self.halves.pairs.stride),
+            Products::Bf16Pairs | Products::Bf16Tiles => (self.halves.pairs.out, self.halves.pairs.stride),
         }
     }
 }

@@ -112,13 +112,17 @@ pub fn pack(executor: &Executor, packing: Packing, layers: &mut [(&mut PackedWei
         packed.forward.grow(packed.forward_len());
         match packed.products.forward {
             Products::Single => gemm::pack(source, outputs, &mut packed.forward),
-            Products::Bf16Pairs => gemm::pack_pairs(source, outputs, &mut packed.forward),
+            Products::Bf16Pairs | Products::Bf16Tiles => {
+                gemm::pack_pairs(source, outputs, &mut packed.forward)
+            }
         }
         if packing == Packing::ForwardAndBackward {
             packed.backward.grow(packed.backward_len());
             match packed.products.backward {
                 Products::Single => gemm::pack_transposed(source, outputs, &mut packed.backward),
-                Products::Bf16Pairs => gemm::pack_pairs_transposed(source, outputs, &mut packed.backward),
+                Products::Bf16Pairs | Products::Bf16Tiles => {
+                    gemm::pack_pairs_transposed(source, outputs, &mut packed.backward)
+                }
             }
         }
     });

@@ -18,7 +18,7 @@ use effdet_cpu::inference::InferencePlan;
 use effdet_cpu::kernels::Executor;
 use effdet_cpu::probe::Probe;
 use effdet_cpu::simd::Isa;
-use effdet_cpu::storage::Products;
+use effdet_cpu::storage::PassProducts;
 use effdet_model::engine::{Engine, HeadOutputs, Precision, StepOptions};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
@@ -116,11 +116,11 @@ fn time(kind: &str, options: &BenchOptions) -> Result<()> {
 
 /// The ceilings of what was timed.
 fn measured_peaks((isa, threads): (Isa, usize), training: bool, options: &BenchOptions) -> Peaks {
-    let pointwise = match options.precision {
-        Some(Precision::Bf16) if training => Products::Bf16Pairs,
-        _ => Products::Single,
+    let precision = match training {
+        true => options.step_memory().precision,
+        false => Precision::Fp32,
     };
-    peaks(&Executor::new(threads, isa), pointwise)
+    peaks(&Executor::new(threads, isa), PassProducts::of(precision).backward)
 }
 
 /// The table of the engine's buffers by owner.
