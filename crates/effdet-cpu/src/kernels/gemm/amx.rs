@@ -20,7 +20,7 @@ const TILES: usize = 4;
 const TURNED_LANES: usize = 48;
 
 /// Cache lines to fetch per tile of a product.
-const LINES_PER_TILE: usize = 8;
+const LINES_PER_TILE: usize = 16;
 
 /// Rows of values on cache lines.
 #[repr(C, align(64))]
@@ -37,6 +37,8 @@ struct Operands {
     blocks: usize,
     /// Whether lanes are left over.
     rest: bool,
+    /// Bytes from every row of B to what is read next: it is brought to the innermost cache.
+    b_ahead: usize,
 }
 
 /// Writes the function for some number of tiles. Registers: those named hold sums, 4 and 5 whole operands, 6 and 7 what is left
@@ -48,7 +50,7 @@ macro_rules! tiles {
         /// # Safety
         /// Tiles must be configured for the lanes left over; the operands and the rows of C must be valid for whole tiles.
         unsafe fn $name(args: Operands, c: *mut f32, c_stride: usize, accumulate: bool) {
-            let Operands { a, a_stride, b, b_stride, blocks, rest } = args;
+            let Operands { a, a_stride, b, b_stride, blocks, rest, b_ahead } = args;
             // SAFETY: the caller's promise.
             unsafe {
                 asm!(
@@ -67,6 +69,12 @@ macro_rules! tiles {
                     "jz 24f",
                     "23:",
                     "tileloadd tmm5, [{b} + {b_stride}*1]",
+                    "lea {at}, [{b} + {b_ahead}]",
+                    ".rept 15",
+                    "prefetcht0 [{at}]",
+                    "add {at}, {b_stride}",
+                    ".endr",
+                    "prefetcht0 [{at}]",
                     "mov {at}, {a}",
                     $(
                         "tileloadd tmm4, [{at} + {a_stride}*1]",
@@ -97,6 +105,7 @@ macro_rules! tiles {
                     b = inout(reg) b => _,
                     b_stride = in(reg) b_stride,
                     b_block = in(reg) BLOCK_LANES * b_stride,
+                    b_ahead = in(reg) b_ahead,
                     c = inout(reg) c => _,
                     c_stride = in(reg) c_stride,
                     c_tile = in(reg) TILE_ROWS * c_stride,
@@ -175,9 +184,9 @@ pub(super) unsafe fn multiply<T: Stored>(args: &Multiply<T>, ahead: &mut Prefetc
     // SAFETY: the caller promises the operands; the sums hold the tiles of a group.
     unsafe {
         configure_tiles(rest);
-        for (row, rows) in groups(args.rows) {
-            let tiles = rows.div_ceil(TILE_ROWS);
-            for column in (0..args.columns).step_by(PANEL) {
+        for column in (0..args.columns).step_by(PANEL) {
+            for (row, rows) in groups(args.rows) {
+                let tiles = rows.div_ceil(TILE_ROWS);
                 fetch(ahead, tiles * LINES_PER_TILE);
                 let operands = Operands {
                     a: args.a.add(row * args.a_stride),
@@ -186,6 +195,7 @@ pub(super) unsafe fn multiply<T: Stored>(args: &Multiply<T>, ahead: &mut Prefetc
                     b_stride: PANEL * size_of::<f32>(),
                     blocks: args.depth / BLOCK_LANES,
                     rest: rest > 0,
+                    b_ahead: BLOCK_LANES * PANEL * size_of::<f32>(),
                 };
                 let fits = rows % TILE_ROWS == 0 && column + PANEL <= args.columns;
                 let target = epilogue.c.add(row * epilogue.c_stride + column);
@@ -266,6 +276,7 @@ pub(super) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut 
                         b_stride: args.q_stride * size_of::<f32>(),
                         blocks: lanes / BLOCK_LANES,
                         rest: rest > 0,
+                        b_ahead: PANEL * size_of::<f32>(),
                     };
                     let c = args.c.add(row * args.c_stride + column);
                     let c_stride = args.c_stride * size_of::<f32>();
