@@ -1,7 +1,7 @@
 //! Speed of the pointwise convolutions of EfficientDet-D0 at 512 × 512.
 //!
 //! ```text
-//! cargo bench -p effdet-cpu --bench pointwise -- [threads] [isa] [part of a layer's name]
+//! cargo bench -p effdet-cpu --bench pointwise -- [threads] [isa] [part of a layer's name] [precision of the products]
 //! ```
 //!
 //! Prints, per layer, the best time of a forward and of a backward pass over a batch of four images, and the products'
@@ -14,6 +14,8 @@ use effdet_cpu::kernels::Executor;
 use effdet_cpu::kernels::pointwise::*;
 use effdet_cpu::math::Act;
 use effdet_cpu::simd::Isa;
+use effdet_cpu::storage::PassProducts;
+use effdet_model::engine::Precision;
 
 const IMAGES: usize = 4;
 const TIME_PER_KERNEL: Duration = Duration::from_millis(150);
@@ -70,7 +72,13 @@ fn best(mut call: impl FnMut()) -> f64 {
 }
 
 /// Times of a forward and a backward pass in seconds.
-fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, outputs: usize) -> (f64, f64) {
+fn time_layer(
+    executor: &Executor,
+    products: PassProducts,
+    plan: &RowPlan,
+    role: Role,
+    (inputs, outputs): (usize, usize),
+) -> (f64, f64) {
     let rows = plan.rows();
     let stride = if role == Role::Head {
         outputs.next_multiple_of(16)
@@ -78,7 +86,7 @@ fn time_layer(executor: &Executor, plan: &RowPlan, role: Role, inputs: usize, ou
         outputs
     };
     let weights = buffer(inputs * outputs);
-    let mut packed = PackedWeights::new(inputs, outputs);
+    let mut packed = PackedWeights::with_products(inputs, outputs, products);
     pack(
         executor,
         Packing::ForwardAndBackward,
@@ -207,8 +215,12 @@ fn main() {
         arg.parse().expect("the second argument is an instruction set")
     });
     let filter = args.get(2).cloned().unwrap_or_default();
+    let precision = args.get(3).map_or_else(Precision::default, |arg| {
+        arg.parse().expect("the fourth argument is a precision")
+    });
+    let products = PassProducts::of(precision);
     let executor = Executor::new(threads, isa);
-    println!("{isa}, {threads} threads, {IMAGES} images");
+    println!("{isa}, {threads} threads, {IMAGES} images, products of {precision}");
     println!(
         "{:28} {:>9} {:>9} {:>9} {:>9}",
         "layer", "fwd ms", "GFLOP/s", "bwd ms", "GFLOP/s"
@@ -235,7 +247,7 @@ fn main() {
         if !name.contains(&filter) {
             continue;
         }
-        let (forward, backward) = time_layer(&executor, &plan, role, inputs, outputs);
+        let (forward, backward) = time_layer(&executor, products, &plan, role, (inputs, outputs));
         let gflop = 2e-9 * (plan.rows() * inputs * outputs) as f64;
         println!(
             "{name:28} {:9.3} {:9.1} {:9.3} {:9.1}",

@@ -178,6 +178,8 @@ impl Shared {
             let result = catch_unwind(AssertUnwindSafe(|| job(task, worker)));
             IN_TASK.set(false);
             fence_streaming_stores();
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            crate::simd::release_tiles();
             if let Err(payload) = result {
                 self.panic
                     .lock()

@@ -4,7 +4,7 @@ use super::Executor;
 use super::lanes::{LaneSums, VIRTUAL_LANES};
 use super::pointwise::check;
 use crate::arena::SharedPtr;
-use crate::math::{exp, ln_1p_unit};
+use crate::math::{exp, reciprocal_and_ln_1p_unit};
 use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
 
@@ -201,16 +201,15 @@ impl Term {
     unsafe fn evaluate<S: Simd>(&self, modulator: Modulator, x: S::V) -> (S::V, S::V) {
         // SAFETY: needs the instruction set only.
         unsafe {
-            let (zero, one) = (S::zero(), S::splat(1.0));
+            let zero = S::zero();
             let is_positive = self.target == 1.0;
             let u = if is_positive { S::sub(zero, x) } else { x };
             // e = exp(−|x|) gives σ(u), σ(−u) and softplus(u) without cancellation.
             let e = exp::<S>(S::sub(zero, S::abs(x)));
-            let near_one = S::div(one, S::add(one, e));
+            let (near_one, log) = reciprocal_and_ln_1p_unit::<S>(e);
             let near_zero = S::mul(e, near_one);
             let wrong = S::select_lt(u, zero, near_zero, near_one);
             let right = S::select_lt(u, zero, near_one, near_zero);
-            let log = ln_1p_unit::<S>(e);
             let modulator = match modulator {
                 Modulator::ThreeHalves => S::mul(wrong, S::sqrt(wrong)),
                 Modulator::Square => S::mul(wrong, wrong),

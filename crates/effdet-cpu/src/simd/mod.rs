@@ -24,9 +24,9 @@ pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use products::NativePairs;
 pub(crate) use products::{PairProduct, Product, SingleProduct, has_native_bf16};
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use tiles::configure as configure_tiles;
 pub(crate) use tiles::has_tiles;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use tiles::{configure as configure_tiles, release as release_tiles};
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512, Avx512Bf16};
 

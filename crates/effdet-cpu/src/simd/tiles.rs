@@ -16,12 +16,13 @@ pub(crate) fn has_tiles(isa: Isa) -> bool {
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use amx::configure;
+pub(crate) use amx::{configure, release};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx {
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
+    use std::cell::Cell;
     use std::sync::OnceLock;
 
     /// `ARCH_REQ_XCOMP_PERM` of `arch_prctl(2)`, and the state it asks for, `XFEATURE_XTILEDATA`.
@@ -57,12 +58,22 @@ mod amx {
         rows: [u8; 16],
     }
 
-    /// Shapes the tiles: 0 to 5 are whole, 6 has 16 rows of `rest` lanes, and 7 has `rest` rows of 16 lanes; all hold 0 then.
+    thread_local! {
+        /// What this thread's tiles are shaped for; none where they are released.
+        static SHAPED_FOR: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    /// Shapes the tiles of this thread, until it releases them: 0 to 5 are whole, 6 has 16 rows of `rest` lanes, and 7 has `rest`
+    /// rows of 16 lanes. What they hold is lost, unless they had these shapes.
     ///
     /// # Safety
     /// [`is_ready`] must have said yes, and `rest` be at most 16; 0 leaves the last two out.
     pub(crate) unsafe fn configure(rest: usize) {
         debug_assert!(rest <= 16);
+        // It takes as long as some ten products of tiles.
+        if SHAPED_FOR.replace(Some(rest)) == Some(rest) {
+            return;
+        }
         let mut configuration = Configuration {
             palette: 1,
             start_row: 0,
@@ -80,6 +91,15 @@ mod amx {
         // SAFETY: a valid configuration, on a processor with tiles that the system lets this process use.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &configuration, options(nostack, readonly));
+        }
+    }
+
+    /// Gives the tiles of this thread back: the system need not keep them any longer when it switches between threads, and the
+    /// processor may sleep.
+    pub(crate) fn release() {
+        if SHAPED_FOR.replace(None).is_some() {
+            // SAFETY: tiles were shaped, so there are tiles, and nothing is left in them that anybody reads.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
         }
     }
 }
