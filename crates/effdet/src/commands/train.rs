@@ -271,7 +271,7 @@ fn execute(
     let ranks = job.group.size();
     if !quiet {
         tell!(
-            "{} at {}, {} classes, {} trainable values; {} training and {} held-out images; {}batch {}, {} steps; {} threads, {}; {}",
+            "{} at {}, {} classes, {} trainable values; {} training and {} held-out images; {}batch {}, {} steps; {}, {} threads, {}; {}",
             config.hparams.name,
             config.hparams.image_size,
             config.hparams.num_classes,
@@ -285,6 +285,7 @@ fn execute(
             },
             config.train.global_batch() * config.train.accumulate,
             trainer.total_steps(),
+            config.train.precision,
             engine.threads(),
             engine.isa(),
             run_dir.display(),

@@ -5,6 +5,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::tile_order::BLOCK_LANES;
 use super::{LINE, Multiply, MultiplyTransposed, PANEL, Prefetch, TILE_ROWS};
@@ -22,9 +23,22 @@ const TURNED_LANES: usize = 48;
 /// Cache lines to fetch per tile of a product.
 const LINES_PER_TILE: usize = 16;
 
-/// Rows of values on cache lines.
+/// Memory on cache lines, whatever it holds.
 #[repr(C, align(64))]
-struct Aligned<const N: usize>([f32; N]);
+struct Scratch<const N: usize>(MaybeUninit<[f32; N]>);
+
+impl<const N: usize> Scratch<N> {
+    const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    const fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+/// Room for the sums of all tiles that are worked on at a time.
+type Sums = Scratch<{ TILES * TILE_ROWS * PANEL }>;
 
 /// Operands of up to [`TILES`] tiles of one product, one below the other; strides in bytes.
 #[derive(Clone, Copy)]
@@ -177,7 +191,7 @@ unsafe fn fetch(ahead: &mut Prefetch, lines: usize) {
 /// As for [`super::multiply`], on a processor with tiles.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn multiply<T: Stored>(args: &Multiply<T>, ahead: &mut Prefetch) {
-    let mut sums = Aligned([0.0; TILES * TILE_ROWS * PANEL]);
+    let mut sums = Sums::new();
     let epilogue = &args.epilogue;
     let is_plain = !epilogue.accumulate && epilogue.bias.is_null() && epilogue.sums.is_null();
     let rest = args.depth % BLOCK_LANES;
@@ -209,7 +223,7 @@ pub(super) unsafe fn multiply<T: Stored>(args: &Multiply<T>, ahead: &mut Prefetc
                     );
                     continue;
                 }
-                let sums = sums.0.as_mut_ptr();
+                let sums = sums.as_mut_ptr();
                 product(tiles, operands, sums, PANEL * size_of::<f32>(), false);
                 let mut done = 0;
                 while done + 8 <= rows {
@@ -247,8 +261,8 @@ unsafe fn finish<T: Stored, const R: usize>(
 /// As for [`super::multiply_transposed`], on a processor with tiles.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
 pub(super) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut Prefetch) {
-    let mut turned = Aligned([0.0; TILES * TILE_ROWS * TURNED_LANES]);
-    let turned = turned.0.as_mut_ptr();
+    let mut turned = Scratch::<{ TILES * TILE_ROWS * TURNED_LANES }>::new();
+    let turned = turned.as_mut_ptr();
     // SAFETY: the caller promises the operands; a group of rows of C with its lanes fits into what is turned.
     unsafe {
         for lane in (0..args.depth).step_by(TURNED_LANES) {
@@ -293,8 +307,8 @@ pub(super) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut 
 
 /// [`product`] of `rows` rows, no others of C being touched.
 unsafe fn product_of_rows(args: Operands, rows: usize, c: *mut f32, c_stride: usize, accumulate: bool) {
-    let mut sums = Aligned([0.0; TILES * TILE_ROWS * PANEL]);
-    let sums = sums.0.as_mut_ptr();
+    let mut sums = Sums::new();
+    let sums = sums.as_mut_ptr();
     // SAFETY: the caller promises a panel of so many rows of C, at most as many as there are sums.
     unsafe {
         for row in (0..rows).filter(|_| accumulate) {
