@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::super::gemm::{Prefetch, scratch_stride};
+use super::super::gemm::{Prefetch, TILE_ROWS, scratch_stride};
 use super::super::row_plan::{BLOCK_ROWS, RowBlock, RowPlan};
 use super::super::row_sweeps::{
     Activate, ColumnSums, CopyRows, FormGradient, Normalize, RowPairs, Rows, RowsAndPairs, Sink, sweep,
@@ -13,6 +13,9 @@ use crate::arena::{Bump, SharedPtr};
 use crate::math::with_activation;
 use crate::simd::Isa;
 use crate::storage::{Bf16, Products, Stored};
+
+// What is formed for a block is read in whole tiles.
+const _: () = assert!(BLOCK_ROWS.is_multiple_of(TILE_ROWS));
 
 /// The left operand of a forward pass with its pointers ready to be shared by tasks.
 pub(super) enum LeftOperand<'a, X> {
