@@ -490,7 +490,7 @@ macro_rules! products {
                     Products::Bf16Pairs => pairs $(::<$($used),*>)? (isa, args, ahead),
                     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                     Products::Bf16Tiles if has_tiles(isa) => amx::$name(args, ahead),
-                    Products::Bf16Tiles => tile_order::$name(isa, args, ahead),
+                    Products::Bf16Tiles => tile_order::$name(isa, args),
                 }
             }
         }

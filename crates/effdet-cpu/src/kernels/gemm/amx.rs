@@ -170,6 +170,9 @@ fn groups(rows: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// Fetches some of what will be read soon.
+///
+/// # Safety
+/// The processor must have AVX-512.
 #[inline(always)]
 unsafe fn fetch(ahead: &mut Prefetch, lines: usize) {
     // SAFETY: a prefetch never faults.
@@ -239,7 +242,10 @@ pub(super) unsafe fn multiply<T: Stored>(args: &Multiply<T>, ahead: &mut Prefetc
     }
 }
 
-/// Does with R rows of sums what the epilogue says: those from `done` on, of which the first belongs to `row`.
+/// Does with R rows of sums what the epilogue says: those from `done` on, where the first of all belongs to `row`.
+///
+/// # Safety
+/// As for [`multiply`]; the sums must hold so many rows.
 #[inline(always)]
 unsafe fn finish<T: Stored, const R: usize>(
     args: &Multiply<T>,
@@ -306,6 +312,9 @@ pub(super) unsafe fn multiply_transposed(args: &MultiplyTransposed, ahead: &mut 
 }
 
 /// [`product`] of `rows` rows, no others of C being touched.
+///
+/// # Safety
+/// As for [`product`], but that C need not be valid past these rows.
 unsafe fn product_of_rows(args: Operands, rows: usize, c: *mut f32, c_stride: usize, accumulate: bool) {
     let mut sums = Sums::new();
     let sums = sums.as_mut_ptr();

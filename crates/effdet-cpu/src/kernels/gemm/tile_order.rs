@@ -4,7 +4,7 @@
 //! are those of the upper halves; the two sums are added, and then added to what the element held. Each step is rounded once. So
 //! does `tdpbf16ps`, which in addition takes what is below 2⁻¹²⁶ as 0.
 
-use super::{Epilogue, Multiply, MultiplyTransposed, PANEL, Prefetch, padded};
+use super::{Epilogue, Multiply, MultiplyTransposed, PANEL, padded};
 use crate::simd::{Simd, dispatch};
 use crate::storage::Stored;
 
@@ -73,20 +73,11 @@ unsafe fn multiply_body<S: Simd, T: Stored>(args: &Multiply<T>) {
 }
 
 dispatch! {
-    /// C = A·B with an [`Epilogue`].
+    /// As [`super::multiply`]; fetches nothing.
     ///
     /// # Safety
     /// As for [`super::multiply`].
-    unsafe fn multiply_on[T: Stored][T](args: &Multiply<T>) = multiply_body;
-}
-
-/// As [`super::multiply`]; fetches nothing.
-///
-/// # Safety
-/// As for [`super::multiply`].
-pub(super) unsafe fn multiply<T: Stored>(isa: crate::simd::Isa, args: &Multiply<T>, _: &mut Prefetch) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_on(isa, args) }
+    pub(super) unsafe fn multiply[T: Stored][T](args: &Multiply<T>) = multiply_body;
 }
 
 #[inline(always)]
@@ -123,18 +114,9 @@ unsafe fn multiply_transposed_body<S: Simd>(args: &MultiplyTransposed) {
 }
 
 dispatch! {
-    /// C = Pᵀ·Q, or C += Pᵀ·Q, where what C holds comes before all products.
+    /// As [`super::multiply_transposed`], where what C holds comes before all products; fetches nothing.
     ///
     /// # Safety
     /// As for [`super::multiply_transposed`].
-    unsafe fn multiply_transposed_on(args: &MultiplyTransposed) = multiply_transposed_body;
-}
-
-/// As [`super::multiply_transposed`]; fetches nothing.
-///
-/// # Safety
-/// As for [`super::multiply_transposed`].
-pub(super) unsafe fn multiply_transposed(isa: crate::simd::Isa, args: &MultiplyTransposed, _: &mut Prefetch) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply_transposed_on(isa, args) }
+    pub(super) unsafe fn multiply_transposed(args: &MultiplyTransposed) = multiply_transposed_body;
 }
