@@ -30,6 +30,27 @@ pub(crate) use tiles::{configure as configure_tiles, release as release_tiles};
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512, Avx512Bf16};
 
+/// The bits of 2^(j/8) for the 8 j, less `j << 20`: adding `n << 20` for n = 8k + j leaves those of 2^(j/8)·2ᵏ.
+const POWERS_OF_EIGHTHS: [u32; 8] = {
+    let powers = [
+        1.0f32,
+        1.090_507_7,
+        1.189_207_1,
+        1.296_839_6,
+        std::f32::consts::SQRT_2,
+        1.542_210_8,
+        1.681_792_8,
+        1.834_008_1,
+    ];
+    let mut bits = [0; 8];
+    let mut j = 0;
+    while j < 8 {
+        bits[j] = powers[j].to_bits() - ((j as u32) << 20);
+        j += 1;
+    }
+    bits
+};
+
 /// A vector of [`LANES`](Simd::LANES) f32.
 ///
 /// # Safety
@@ -146,6 +167,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn select_lt(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     /// The bits of each lane shifted left by 23: makes 2ⁿ out of a float whose lowest 8 bits hold n + 127.
     unsafe fn shift_to_exponent(a: Self::V) -> Self::V;
+    /// 2^(n/8) out of a float whose lowest 12 bits hold n modulo 4096, for −1008 <= n < 1024.
+    unsafe fn power_of_eighths(a: Self::V) -> Self::V;
     /// `(m, e)` with `a = m·2ᵉ`, m in [√½, √2) and e integral, for finite normal `a > 0`.
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V);
 }
@@ -438,6 +461,11 @@ mod tests {
                     }
                 }
             }
+            for first in (-1008..1024).step_by(S::LANES) {
+                let eighths: [f32; 16] =
+                    std::array::from_fn(|i| f32::from_bits((first + i as i32) as u32 & 0xfff));
+                keep(S::power_of_eighths(S::load(eighths.as_ptr())));
+            }
             for i in (0..16).step_by(S::LANES) {
                 keep(S::split_exponent(S::load(positive.as_ptr().add(i))).0);
             }
@@ -457,7 +485,7 @@ mod tests {
             out
         };
         let expected = run(Isa::Portable);
-        assert_eq!(expected.len(), 16 * 256 + 32);
+        assert_eq!(expected.len(), 16 * 256 + (1024 + 1008) + 32);
         for isa in Isa::available() {
             assert_eq!(run(isa), expected, "{isa}");
         }

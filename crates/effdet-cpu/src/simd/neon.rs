@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::{SQRT_HALF_BITS, Simd};
+use super::{POWERS_OF_EIGHTHS, SQRT_HALF_BITS, Simd};
 
 /// 4 lanes: AArch64 Advanced SIMD.
 #[derive(Debug, Clone, Copy)]
@@ -186,6 +186,19 @@ impl Simd for Neon {
     unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
         // SAFETY: as above.
         unsafe { vreinterpretq_f32_s32(vshlq_n_s32::<23>(vreinterpretq_s32_f32(a))) }
+    }
+    #[inline(always)]
+    unsafe fn power_of_eighths(a: Self::V) -> Self::V {
+        // SAFETY: as above; the table is 32 bytes.
+        unsafe {
+            let n = vreinterpretq_u32_f32(a);
+            let table = vld1q_u8_x2(POWERS_OF_EIGHTHS.as_ptr().cast());
+            // The four bytes of entry j are 4j, 4j + 1, 4j + 2 and 4j + 3.
+            let j = vandq_u32(n, vdupq_n_u32(7));
+            let bytes = vmlaq_n_u32(vdupq_n_u32(0x0302_0100), j, 0x0404_0404);
+            let power = vreinterpretq_u32_u8(vqtbl2q_u8(table, vreinterpretq_u8_u32(bytes)));
+            vreinterpretq_f32_u32(vaddq_u32(power, vshlq_n_u32::<20>(n)))
+        }
     }
     #[inline(always)]
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {

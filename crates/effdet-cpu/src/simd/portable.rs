@@ -1,6 +1,6 @@
 //! Plain Rust, 8 lanes.
 
-use super::{SQRT_HALF_BITS, Simd};
+use super::{POWERS_OF_EIGHTHS, SQRT_HALF_BITS, Simd};
 
 /// Plain Rust with `f32::mul_add`, the yardstick for the other instruction sets.
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +113,13 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
         map(a, |x| f32::from_bits(x.to_bits() << 23))
+    }
+    #[inline(always)]
+    unsafe fn power_of_eighths(a: Self::V) -> Self::V {
+        map(a, |x| {
+            let n = x.to_bits();
+            f32::from_bits(POWERS_OF_EIGHTHS[(n % 8) as usize].wrapping_add(n << 20))
+        })
     }
     #[inline(always)]
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {

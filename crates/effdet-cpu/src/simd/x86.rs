@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
-use super::{SQRT_HALF_BITS, Simd};
+use super::{POWERS_OF_EIGHTHS, SQRT_HALF_BITS, Simd};
 
 /// 8 lanes: AVX2, FMA and F16C.
 #[derive(Debug, Clone, Copy)]
@@ -241,6 +241,16 @@ impl Simd for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))) }
     }
     #[inline(always)]
+    unsafe fn power_of_eighths(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX2 only; the table holds 8 values.
+        unsafe {
+            let n = _mm256_castps_si256(a);
+            let table = _mm256_loadu_si256(POWERS_OF_EIGHTHS.as_ptr().cast());
+            let power = _mm256_permutevar8x32_epi32(table, n);
+            _mm256_castsi256_ps(_mm256_add_epi32(power, _mm256_slli_epi32::<20>(n)))
+        }
+    }
+    #[inline(always)]
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
         // SAFETY: needs AVX2 only.
         unsafe {
@@ -366,6 +376,16 @@ impl<R: Round> Simd for Wide<R> {
     unsafe fn shift_to_exponent(a: Self::V) -> Self::V {
         // SAFETY: needs AVX-512 F only.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))) }
+    }
+    #[inline(always)]
+    unsafe fn power_of_eighths(a: Self::V) -> Self::V {
+        // SAFETY: needs AVX-512 F only; the table holds 8 values.
+        unsafe {
+            let n = _mm512_castps_si512(a);
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(POWERS_OF_EIGHTHS.as_ptr().cast()));
+            let power = _mm512_permutexvar_epi32(n, table);
+            _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32::<20>(n)))
+        }
     }
     #[inline(always)]
     unsafe fn split_exponent(a: Self::V) -> (Self::V, Self::V) {
