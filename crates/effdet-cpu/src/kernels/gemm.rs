@@ -263,17 +263,23 @@ impl<T: Stored> Epilogue<T> {
                     S::store(squares, square);
                 }
             }
-            for (i, row) in tile.into_iter().enumerate() {
-                for (j, value) in row.into_iter().enumerate() {
-                    let c = c.add(i * self.c_stride + j * S::LANES);
-                    if !whole {
-                        T::store_partial::<S>(c, value, valid(j));
-                    } else if self.streaming {
-                        T::stream::<S>(c, value);
-                    } else {
-                        T::store::<S>(c, value);
+            // One plain loop per kind of store: anything more makes the compiler take the tile out of its registers.
+            macro_rules! for_each {
+                (|$c:ident, $value:ident, $j:ident| $store:expr) => {
+                    for (i, row) in tile.iter().enumerate() {
+                        for ($j, &$value) in row.iter().enumerate() {
+                            let $c = c.add(i * self.c_stride + $j * S::LANES);
+                            $store;
+                        }
                     }
-                }
+                };
+            }
+            if !whole {
+                for_each!(|c, value, j| T::store_partial::<S>(c, value, valid(j)));
+            } else if self.streaming {
+                for_each!(|c, value, j| T::stream::<S>(c, value));
+            } else {
+                for_each!(|c, value, j| T::store::<S>(c, value));
             }
         }
     }
@@ -560,8 +566,8 @@ impl MultiplyTransposed {
                 q = q.add(self.q_stride);
             }
             let c = self.c.add(row * self.c_stride + column);
-            for (i, row) in tile.into_iter().enumerate() {
-                for (j, sum) in row.into_iter().enumerate() {
+            for (i, row) in tile.iter().enumerate() {
+                for (j, &sum) in row.iter().enumerate() {
                     let c = c.add(i * self.c_stride + j * S::LANES);
                     S::store(
                         c,

@@ -49,7 +49,6 @@ pub(super) struct InputLine<X, G, const K: usize> {
     /// Σdz and then Σdz·raw are added here, `sums_stride` apart; null where not needed.
     pub sums: *mut f32,
     pub sums_stride: usize,
-    pub isa: Isa,
 }
 
 /// Both gradients for P pixels of one phase, one vector of channels each, T taps per kernel row.
@@ -179,7 +178,7 @@ unsafe fn phase<
 
 /// The vectors of channels at `channel`, for pixels `from..to`, whose activations and slopes are in the scratch.
 #[inline(always)]
-unsafe fn strip<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize, const WHOLE: bool>(
+unsafe fn vectors<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize, const WHOLE: bool>(
     line: &InputLine<X, G, K>,
     (from, to): (usize, usize),
     channel: usize,
@@ -215,20 +214,62 @@ unsafe fn strip<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize, 
     }
 }
 
+/// The lane group at channel `first`, for pixels `from..to`.
 #[inline(always)]
-unsafe fn input_line_body<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize>(
+unsafe fn strip_body<S: Simd, X: Stored, G: Stored, const K: usize, const ST: usize>(
+    line: &InputLine<X, G, K>,
+    (from, to): (usize, usize),
+    first: usize,
+) {
+    let end = (first + LANE_GROUP).min(line.channels);
+    let mut channel = first;
+    // SAFETY: pixels and channels of the line.
+    unsafe {
+        while channel + S::LANES <= end {
+            vectors::<S, X, G, K, ST, true>(line, (from, to), channel, S::LANES);
+            channel += S::LANES;
+        }
+        if channel < end {
+            vectors::<S, X, G, K, ST, false>(line, (from, to), channel, end - channel);
+        }
+        if line.streaming && must_stage::<S>() {
+            let staged = line.scratch.add(STRIP_PIXELS * LANE_GROUP);
+            let dz = line.dz.add(from * line.pixel_stride + first);
+            stream_strip::<S, G>(staged, to - from, dz, line.pixel_stride);
+        }
+    }
+}
+
+dispatch_with_bf16! {
+    /// Computes a lane group of a strip whose activations and slopes are in the scratch.
+    ///
+    /// A function of its own: inside the loop over the lane groups, the compiler would keep more pointers than there are registers.
+    ///
+    /// # Safety
+    /// `isa` must be available and all pointers valid.
+    unsafe fn strip[X: Stored, G: Stored, const K: usize, const ST: usize][X, G, K, ST](
+        line: &InputLine<X, G, K>,
+        pixels: (usize, usize),
+        first: usize,
+    ) = strip_body;
+}
+
+/// Computes one input line.
+///
+/// # Safety
+/// `isa` must be available and all pointers valid.
+pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: usize>(
+    isa: Isa,
     line: &InputLine<X, G, K>,
 ) {
-    let mut from = 0;
-    while from < line.pixels {
+    for from in (0..line.pixels).step_by(STRIP_PIXELS) {
         let to = (from + STRIP_PIXELS).min(line.pixels);
-        // SAFETY: pixels and channels of the line.
-        unsafe {
-            for first in (0..line.channels).step_by(LANE_GROUP) {
-                let end = (first + LANE_GROUP).min(line.channels);
+        for first in (0..line.channels).step_by(LANE_GROUP) {
+            // SAFETY: pixels and channels of the line.
+            unsafe {
                 let activation = Strip {
                     pixels: to - from,
-                    channels: end - first,
+                    channels: (line.channels - first).min(LANE_GROUP),
                     raw: line.raw.add(from * line.pixel_stride + first),
                     pixel_stride: line.pixel_stride,
                     scale: line.scale.add(first),
@@ -236,30 +277,9 @@ unsafe fn input_line_body<S: Simd, X: Stored, G: Stored, const K: usize, const S
                     act: line.scratch,
                     slope: line.scratch.add(STRIP_PIXELS * LANE_GROUP),
                 };
-                (line.activate)(line.isa, &activation);
-                let mut channel = first;
-                while channel + S::LANES <= end {
-                    strip::<S, X, G, K, ST, true>(line, (from, to), channel, S::LANES);
-                    channel += S::LANES;
-                }
-                if channel < end {
-                    strip::<S, X, G, K, ST, false>(line, (from, to), channel, end - channel);
-                }
-                if line.streaming && must_stage::<S>() {
-                    let dz = line.dz.add(from * line.pixel_stride + first);
-                    stream_strip::<S, G>(activation.slope, to - from, dz, line.pixel_stride);
-                }
+                (line.activate)(isa, &activation);
+                strip::<X, G, K, ST>(isa, line, (from, to), first);
             }
         }
-        from = to;
     }
-}
-
-dispatch_with_bf16! {
-    /// Computes one input line.
-    ///
-    /// # Safety
-    /// `isa` must be available and all pointers valid.
-    pub(super) unsafe fn input_line[X: Stored, G: Stored, const K: usize, const ST: usize][X, G, K, ST](line: &InputLine<X, G, K>)
-        = input_line_body;
 }

@@ -589,7 +589,6 @@ fn backward_parts<X: Stored, GX: Stored, G: Stored, Y: Stored, const K: usize, c
                         std::ptr::null_mut()
                     },
                     sums_stride,
-                    isa,
                 };
                 let padded = iy + map.pad_top;
                 for ky in (padded % ST..K.min(padded + 1)).step_by(ST) {
