@@ -61,15 +61,14 @@ pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
 /// Adding 1.5·2²⁰ rounds a float to eighths, and counts them in its lowest bits.
 const EIGHTHS_ROUNDER: f32 = 1_572_864.0;
 
-/// 1 + e⁻ˣ, relative error below 2e-7 + 1.4e-8·|x|; constant beyond ±87.
+/// p and q with e⁻ˣ = p·q within 2e-7 + 1.4e-8·|x| for |x| <= 87.
 ///
 /// The power of two is cut into eighths, which a table has, so that a cubic polynomial suffices for the rest: the multipliers of a
 /// processor are what this function keeps busiest.
 #[inline(always)]
-unsafe fn one_plus_exp_of_minus<S: Simd>(x: S::V) -> S::V {
+unsafe fn factors_of_exp_of_minus<S: Simd>(x: S::V) -> (S::V, S::V) {
     // SAFETY: see `exp2_fraction`.
     unsafe {
-        let x = S::min(S::splat(87.0), S::max(S::splat(-87.0), x));
         let rounder = S::splat(EIGHTHS_ROUNDER);
         let rounded = S::fnma(x, S::splat(LOG2_E), rounder);
         let f = S::fnma(x, S::splat(LOG2_E), S::sub(rounder, rounded));
@@ -78,7 +77,30 @@ unsafe fn one_plus_exp_of_minus<S: Simd>(x: S::V) -> S::V {
         for c in [2.402_578_3e-1, 6.931_472_4e-1, 1.0] {
             p = S::fma(p, f, S::splat(c));
         }
-        S::fma(p, S::power_of_eighths(rounded), S::splat(1.0))
+        (p, S::power_of_eighths(rounded))
+    }
+}
+
+/// 1 + e⁻ˣ, relative error below 2e-7 + 1.4e-8·|x|; constant beyond ±87.
+#[inline(always)]
+unsafe fn one_plus_exp_of_minus<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let x = S::min(S::splat(87.0), S::max(S::splat(-87.0), x));
+        let (p, q) = factors_of_exp_of_minus::<S>(x);
+        S::fma(p, q, S::splat(1.0))
+    }
+}
+
+/// e^−|x|, relative error below 2e-7 + 1.4e-8·|x|; 0 beyond ±87, NaN kept.
+#[inline(always)]
+pub unsafe fn exp_of_minus_abs<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: see `exp2_fraction`.
+    unsafe {
+        let limit = S::splat(87.0);
+        let distance = S::abs(x);
+        let (p, q) = factors_of_exp_of_minus::<S>(S::min(limit, distance));
+        S::select_lt(limit, distance, S::zero(), S::mul(p, q))
     }
 }
 
@@ -387,6 +409,7 @@ mod tests {
     #[derive(Clone, Copy)]
     enum Function {
         Exp,
+        ExpOfMinusAbs,
         Sigmoid,
         Ln,
         Ln1pUnit,
@@ -403,6 +426,7 @@ mod tests {
                 let v = S::load_partial(chunk.as_ptr(), n);
                 let v = match function {
                     Function::Exp => exp::<S>(v),
+                    Function::ExpOfMinusAbs => exp_of_minus_abs::<S>(v),
                     Function::Sigmoid => sigmoid::<S>(v),
                     Function::Ln => ln::<S>(v),
                     Function::Ln1pUnit => ln_1p_unit::<S>(v),
@@ -471,6 +495,13 @@ mod tests {
     fn functions_are_accurate_to_a_few_units_in_the_last_place() {
         let check = |largest: f64, bound: f64| assert!(largest < bound, "{largest} units, {bound} allowed");
         check(largest_ulp(Function::Exp, &grid(-87.0, 88.7), f64::exp), 1.5);
+        // A unit is at least 6e-8 of the value.
+        let unit = |x: f64| (-x.abs()).exp();
+        for reach in [4.0, 87.0] {
+            let allowed = (2e-7 + 1.4e-8 * f64::from(reach)) / 6e-8;
+            let largest = largest_ulp(Function::ExpOfMinusAbs, &grid(-reach, reach), unit);
+            check(largest, allowed);
+        }
         let tiny: Vec<f32> = (0..100).map(|i| 2f32.powi(-i) * 0.9).collect();
         for x in [&grid(0.0, 1.0)[1..], &tiny] {
             check(largest_ulp(Function::Ln1pUnit, x, f64::ln_1p), 3.0);
@@ -512,6 +543,9 @@ mod tests {
             let out = evaluate(isa, Function::Sigmoid, &x);
             assert_eq!((out[0], out[2], out[4]), (0.5, 1.0, 1.0));
             assert!(out[1] > 0.0 && out[1] < 2e-38 && out[1] == out[3] && out[5].is_nan());
+            let out = evaluate(isa, Function::ExpOfMinusAbs, &x);
+            assert_eq!((out[0], &out[1..5], out[6]), (1.0, &[0.0; 4][..], 0.0));
+            assert!(out[5].is_nan());
             let out = evaluate(isa, Function::Softplus, &x);
             assert_eq!((out[1], out[2], out[4]), (0.0, 1e30, f32::INFINITY));
             assert!((out[0] - 2f32.ln()).abs() < 1e-7 && out[5].is_nan());
@@ -524,6 +558,7 @@ mod tests {
         x.extend([0.0, -0.0, 1e30, -1e30, f32::NAN, 1e-40, f32::INFINITY]);
         for function in [
             Function::Exp,
+            Function::ExpOfMinusAbs,
             Function::Sigmoid,
             Function::Ln,
             Function::Ln1pUnit,

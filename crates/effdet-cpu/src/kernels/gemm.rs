@@ -117,8 +117,11 @@ pub(crate) fn pack_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prefetch {
     /// First value and number of cache lines left of each run.
-    runs: [(*const f32, usize); 2],
+    runs: [(*const f32, usize); MOST_RUNS],
 }
+
+/// Tensors of which a block reads rows at most.
+const MOST_RUNS: usize = 6;
 
 /// Values in a cache line.
 const LINE: usize = ALIGNMENT / size_of::<f32>();
@@ -127,7 +130,7 @@ impl Prefetch {
     /// Fetches nothing.
     pub(crate) fn none() -> Self {
         Self {
-            runs: [(std::ptr::null(), 0); 2],
+            runs: [(std::ptr::null(), 0); MOST_RUNS],
         }
     }
 
@@ -138,9 +141,11 @@ impl Prefetch {
         fetch
     }
 
-    /// Fetches a slice after the first one.
+    /// Fetches a slice after the others.
     pub(crate) fn and<T>(mut self, values: &[T]) -> Self {
-        self.runs[1] = Self::of(values).runs[0];
+        if let Some(run) = self.runs.iter_mut().find(|(_, left)| *left == 0) {
+            *run = Self::of(values).runs[0];
+        }
         self
     }
 

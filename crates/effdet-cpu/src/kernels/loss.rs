@@ -4,7 +4,7 @@ use super::Executor;
 use super::lanes::{LaneSums, VIRTUAL_LANES};
 use super::pointwise::check;
 use crate::arena::SharedPtr;
-use crate::math::{exp, reciprocal_and_ln_1p_unit};
+use crate::math::{exp, exp_of_minus_abs, reciprocal_and_ln_1p_unit};
 use crate::probe::{Kernel, Work};
 use crate::simd::{Simd, dispatch};
 
@@ -205,7 +205,7 @@ impl Term {
             let is_positive = self.target == 1.0;
             let u = if is_positive { S::sub(zero, x) } else { x };
             // e = exp(−|x|) gives σ(u), σ(−u) and softplus(u) without cancellation.
-            let e = exp::<S>(S::sub(zero, S::abs(x)));
+            let e = exp_of_minus_abs::<S>(x);
             let (near_one, log) = reciprocal_and_ln_1p_unit::<S>(e);
             let near_zero = S::mul(e, near_one);
             let wrong = S::select_lt(u, zero, near_zero, near_one);

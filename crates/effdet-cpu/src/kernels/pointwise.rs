@@ -11,7 +11,7 @@
 use std::marker::PhantomData;
 
 use super::Executor;
-use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, Prefetch, padded, scratch_stride};
+use super::gemm::{self, Epilogue, Multiply, MultiplyTransposed, PANEL, padded, scratch_stride};
 use super::row_plan::{BLOCK_ROWS, RowBlock, RowTask};
 use super::row_sweeps::{
     ACTIVATION_SUMS, ActivateBackward, CopyRows, FinishGradient, RowPairs, Rows, Sink, flush, sweep,
@@ -416,13 +416,11 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
         }
     }
     let (mut dx, mut sums_below) = (None, None);
-    let (mut accumulate, mut addends, mut y_below) = (false, [std::ptr::null(); 2].map(ReadPtr), None);
+    let (mut accumulate, mut addends, mut y_below) = (false, [None; 2], None);
     if let Some(gradient) = input_gradient {
         dx = Some(SharedPtr::new(gradient.dx));
         accumulate = gradient.accumulate;
-        addends = gradient
-            .addends
-            .map(|addend| ReadPtr(addend.map_or(std::ptr::null(), <[f32]>::as_ptr)));
+        addends = gradient.addends;
         if let Some(sums) = gradient.sums {
             y_below = Some(sums.y);
             sums_below = Some(sums.sums);
@@ -464,7 +462,12 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
         totals.fill(0.0);
         let (below_totals, bias_totals) = totals.split_at_mut(2 * inputs);
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
-            let mut ahead = output_gradient.ahead(plan.rows_after(tasks, task, index, pool.threads()));
+            let next = plan.rows_after(tasks, task, index, pool.threads());
+            let narrow = next.start * inputs..next.end * inputs;
+            let mut ahead = output_gradient.ahead(next).and(&x[narrow.clone()]);
+            for tensor in y_below.iter().chain(addends.iter().flatten()) {
+                ahead = ahead.and(&tensor[narrow.clone()]);
+            }
             // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
             unsafe {
                 let at = block.row * inputs;
@@ -524,13 +527,14 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
                     flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
                 }
                 if let Some(dx) = &dx
-                    && (y_below.is_some() || addends.iter().any(|addend| !addend.0.is_null()))
+                    && (y_below.is_some() || addends.iter().any(Option::is_some))
                 {
                     let finish = FinishGradient {
                         rows: block.rows,
                         columns: inputs,
                         dx: dx.get().add(at),
-                        addends: addends.map(|addend| addend.offset(at)),
+                        addends: addends
+                            .map(|addend| addend.map_or(std::ptr::null(), |addend| addend[at..].as_ptr())),
                         y: y_below.map_or(std::ptr::null(), |y| y[at..].as_ptr()),
                         sums: block_sums,
                         sums_stride,
@@ -671,7 +675,8 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
         let mut image = None;
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
             let next = plan.rows_after(tasks, task, index, pool.threads());
-            let mut ahead = Prefetch::of(&input.raw[next.start * inputs..next.end * inputs]);
+            let wide = next.start * inputs..next.end * inputs;
+            let mut ahead = output_gradient.ahead(next).and(&input.raw[wide]);
             // SAFETY: the sizes are checked above; the rows of a block and the totals of a span belong to one task.
             unsafe {
                 if image.is_some_and(|image| image != block.image) {
@@ -858,24 +863,6 @@ pub(super) unsafe fn flush_rows(isa: Isa, sums: *mut f32, stride: usize, totals:
 pub(super) unsafe fn part<'a, T>(buffer: SharedPtr<T>, index: usize, len: usize) -> &'a mut [T] {
     // SAFETY: the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(buffer.get().add(index * len), len) }
-}
-
-/// A pointer that tasks read through.
-#[derive(Clone, Copy)]
-struct ReadPtr(*const f32);
-
-// SAFETY: reading is unsafe anyway; the slices it is made from outlive the pool's job.
-unsafe impl Sync for ReadPtr {}
-
-impl ReadPtr {
-    /// The pointer `by` values on, null if it is null.
-    fn offset(self, by: usize) -> *const f32 {
-        if self.0.is_null() {
-            self.0
-        } else {
-            self.0.wrapping_add(by)
-        }
-    }
 }
 
 /// Whether all rows start on 64-byte boundaries, which streaming stores of all widths need, in a format that streams.

@@ -311,8 +311,9 @@ pub(super) struct ForwardLine<'a> {
     pub out: *mut f32,
 }
 
+/// V neighbouring vectors of channels; see [`backward_vectors`].
 #[inline(always)]
-unsafe fn forward_vector<S: Simd, const WHOLE: bool>(
+unsafe fn forward_vectors<S: Simd, const V: usize, const WHOLE: bool>(
     line: &ForwardLine<'_>,
     x: usize,
     channel: usize,
@@ -321,16 +322,24 @@ unsafe fn forward_vector<S: Simd, const WHOLE: bool>(
     let (rows, columns) = (&line.resampler.rows, &line.resampler.columns);
     // SAFETY: inside the maps.
     unsafe {
-        let scale = load::<S, WHOLE>(line.scale.add(channel), lanes);
-        let shift = load::<S, WHOLE>(line.shift.add(channel), lanes);
+        let load_all = |source: *const f32| {
+            let mut vectors = [S::zero(); V];
+            for (i, vector) in vectors.iter_mut().enumerate() {
+                *vector = load::<S, WHOLE>(source.add(channel + i * S::LANES), lanes);
+            }
+            vectors
+        };
+        let (scales, shifts) = (load_all(line.scale), load_all(line.shift));
         let (window_y, window_x) = (&rows.sources[line.y], &columns.sources[x]);
         let width = line.resampler.input.width;
-        let input = |y: usize, x: usize| line.raw.add((y * width + x) * line.channels + channel);
-        let mut value = S::fma(
-            load::<S, WHOLE>(input(window_y.start, window_x.start), lanes),
-            scale,
-            shift,
-        );
+        let input = |y: usize, x: usize| {
+            let mut values = load_all(line.raw.add((y * width + x) * line.channels));
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = S::fma(*value, scales[i], shifts[i]);
+            }
+            values
+        };
+        let mut values = input(window_y.start, window_x.start);
         let at = x * line.channels + channel;
         if line.resampler.pools {
             // Places in the window count the padding.
@@ -338,35 +347,41 @@ unsafe fn forward_vector<S: Simd, const WHOLE: bool>(
                 (y + rows.padding - line.y * rows.stride) * columns.kernel + x_in + columns.padding
                     - x * columns.stride
             };
-            let mut argmax = S::splat(place(window_y.start, window_x.start) as f32);
+            let mut argmax = [S::splat(place(window_y.start, window_x.start) as f32); V];
             for y in window_y.clone() {
                 for x_in in window_x.clone() {
-                    let other = S::fma(load::<S, WHOLE>(input(y, x_in), lanes), scale, shift);
-                    argmax = S::select_lt(value, other, S::splat(place(y, x_in) as f32), argmax);
-                    value = S::select_lt(value, other, other, value);
+                    let here = S::splat(place(y, x_in) as f32);
+                    for (i, other) in input(y, x_in).into_iter().enumerate() {
+                        argmax[i] = S::select_lt(values[i], other, here, argmax[i]);
+                        values[i] = S::select_lt(values[i], other, other, values[i]);
+                    }
                 }
             }
             if !line.argmax.is_null() {
-                store::<S, WHOLE>(line.argmax.add(at), argmax, lanes);
-            }
-        }
-        let out = line.out.add(at);
-        let result = match line.combine {
-            Combine::Copy => value,
-            Combine::Add => S::add(load::<S, WHOLE>(out, lanes), value),
-            Combine::Weigh(weight, total) | Combine::AddWeighed(weight, total) => {
-                let weight = load::<S, WHOLE>(weight.add(channel), lanes);
-                let total = load::<S, WHOLE>(total.add(channel), lanes);
-                // A division by zero in lanes past the channels is not stored.
-                let weighed = S::div(S::mul(value, weight), total);
-                if matches!(line.combine, Combine::Weigh(..)) {
-                    weighed
-                } else {
-                    S::add(load::<S, WHOLE>(out, lanes), weighed)
+                for (i, &argmax) in argmax.iter().enumerate() {
+                    store::<S, WHOLE>(line.argmax.add(at + i * S::LANES), argmax, lanes);
                 }
             }
-        };
-        store::<S, WHOLE>(out, result, lanes);
+        }
+        for (i, &value) in values.iter().enumerate() {
+            let out = line.out.add(at + i * S::LANES);
+            let result = match line.combine {
+                Combine::Copy => value,
+                Combine::Add => S::add(load::<S, WHOLE>(out, lanes), value),
+                Combine::Weigh(weight, total) | Combine::AddWeighed(weight, total) => {
+                    let weight = load::<S, WHOLE>(weight.add(channel + i * S::LANES), lanes);
+                    let total = load::<S, WHOLE>(total.add(channel + i * S::LANES), lanes);
+                    // A division by zero in lanes past the channels is not stored.
+                    let weighed = S::div(S::mul(value, weight), total);
+                    if matches!(line.combine, Combine::Weigh(..)) {
+                        weighed
+                    } else {
+                        S::add(load::<S, WHOLE>(out, lanes), weighed)
+                    }
+                }
+            };
+            store::<S, WHOLE>(out, result, lanes);
+        }
     }
 }
 
@@ -376,12 +391,16 @@ unsafe fn forward_line_body<S: Simd>(line: &ForwardLine<'_>) {
         let mut channel = 0;
         // SAFETY: channels of the maps.
         unsafe {
+            while channel + 4 * S::LANES <= line.channels {
+                forward_vectors::<S, 4, true>(line, x, channel, S::LANES);
+                channel += 4 * S::LANES;
+            }
             while channel + S::LANES <= line.channels {
-                forward_vector::<S, true>(line, x, channel, S::LANES);
+                forward_vectors::<S, 1, true>(line, x, channel, S::LANES);
                 channel += S::LANES;
             }
             if channel < line.channels {
-                forward_vector::<S, false>(line, x, channel, line.channels - channel);
+                forward_vectors::<S, 1, false>(line, x, channel, line.channels - channel);
             }
         }
     }
@@ -487,56 +506,77 @@ pub(super) struct Dots {
     pub sums: *mut f32,
 }
 
+/// V neighbouring vectors of channels, so that what depends on the pixels alone is found once for all of them.
 #[inline(always)]
-unsafe fn backward_vector<S: Simd, const WHOLE: bool>(line: &BackwardLine<'_>, channel: usize, lanes: usize) {
+unsafe fn backward_vectors<S: Simd, const V: usize, const WHOLE: bool>(
+    line: &BackwardLine<'_>,
+    channel: usize,
+    lanes: usize,
+) {
     let (rows, columns) = (&line.resampler.rows, &line.resampler.columns);
     // SAFETY: inside the maps; sums hold whole vectors.
     unsafe {
-        let mut factor = S::splat(1.0);
+        let load_all = |source: *const f32| {
+            let mut vectors = [S::zero(); V];
+            for (i, vector) in vectors.iter_mut().enumerate() {
+                *vector = load::<S, WHOLE>(source.add(channel + i * S::LANES), lanes);
+            }
+            vectors
+        };
+        let mut factors = [S::splat(1.0); V];
         if !line.weight.is_null() {
-            let weight = load::<S, WHOLE>(line.weight.add(channel), lanes);
-            factor = S::div(weight, load::<S, WHOLE>(line.total.add(channel), lanes));
+            let (weights, totals) = (load_all(line.weight), load_all(line.total));
+            for (i, factor) in factors.iter_mut().enumerate() {
+                *factor = S::div(weights[i], totals[i]);
+            }
         }
-        let (mut scale, mut shift, mut dot) = (S::zero(), S::zero(), S::zero());
+        let [mut scales, mut shifts, mut sums] = [[S::zero(); V]; 3];
         if let Some(dots) = line.dots {
-            scale = load::<S, WHOLE>(dots.scale.add(channel), lanes);
-            shift = load::<S, WHOLE>(dots.shift.add(channel), lanes);
-            dot = S::load(dots.sums.add(channel));
+            (scales, shifts) = (load_all(dots.scale), load_all(dots.shift));
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(dots.sums.add(channel + i * S::LANES));
+            }
         }
         for x in 0..line.resampler.input.width {
-            let mut gathered = S::zero();
+            let mut gathered = [S::zero(); V];
             for y_out in rows.targets[line.y].clone() {
                 for x_out in columns.targets[x].clone() {
-                    let at = (y_out * line.resampler.output.width + x_out) * line.channels + channel;
-                    let mut dout = load::<S, WHOLE>(line.dout.add(at), lanes);
+                    let at = (y_out * line.resampler.output.width + x_out) * line.channels;
+                    let mut douts = load_all(line.dout.add(at));
                     if line.resampler.pools {
                         let place = (line.y + rows.padding - y_out * rows.stride) * columns.kernel
                             + x
                             + columns.padding
                             - x_out * columns.stride;
-                        let off = S::sub(
-                            load::<S, WHOLE>(line.argmax.add(at), lanes),
-                            S::splat(place as f32),
-                        );
-                        dout = S::select_lt(S::abs(off), S::splat(0.5), dout, S::zero());
+                        let argmax = load_all(line.argmax.add(at));
+                        for (dout, argmax) in douts.iter_mut().zip(argmax) {
+                            let off = S::sub(argmax, S::splat(place as f32));
+                            *dout = S::select_lt(S::abs(off), S::splat(0.5), *dout, S::zero());
+                        }
                     }
-                    gathered = S::add(gathered, dout);
+                    for (gathered, dout) in gathered.iter_mut().zip(douts) {
+                        *gathered = S::add(*gathered, dout);
+                    }
                 }
             }
-            let at = x * line.channels + channel;
-            let dx = line.dx.add(at);
-            let mut value = S::mul(gathered, factor);
-            if line.accumulate {
-                value = S::add(load::<S, WHOLE>(dx, lanes), value);
-            }
-            store::<S, WHOLE>(dx, value, lanes);
-            if let Some(dots) = line.dots {
-                let raw = load::<S, WHOLE>(dots.raw.add(at), lanes);
-                dot = S::fma(gathered, S::fma(raw, scale, shift), dot);
+            for (i, &gathered) in gathered.iter().enumerate() {
+                let at = x * line.channels + channel + i * S::LANES;
+                let dx = line.dx.add(at);
+                let mut value = S::mul(gathered, factors[i]);
+                if line.accumulate {
+                    value = S::add(load::<S, WHOLE>(dx, lanes), value);
+                }
+                store::<S, WHOLE>(dx, value, lanes);
+                if let Some(dots) = line.dots {
+                    let raw = load::<S, WHOLE>(dots.raw.add(at), lanes);
+                    sums[i] = S::fma(gathered, S::fma(raw, scales[i], shifts[i]), sums[i]);
+                }
             }
         }
         if let Some(dots) = line.dots {
-            S::store(dots.sums.add(channel), dot);
+            for (i, sum) in sums.into_iter().enumerate() {
+                S::store(dots.sums.add(channel + i * S::LANES), sum);
+            }
         }
     }
 }
@@ -546,12 +586,16 @@ unsafe fn backward_line_body<S: Simd>(line: &BackwardLine<'_>) {
     let mut channel = 0;
     // SAFETY: channels of the maps.
     unsafe {
+        while channel + 4 * S::LANES <= line.channels {
+            backward_vectors::<S, 4, true>(line, channel, S::LANES);
+            channel += 4 * S::LANES;
+        }
         while channel + S::LANES <= line.channels {
-            backward_vector::<S, true>(line, channel, S::LANES);
+            backward_vectors::<S, 1, true>(line, channel, S::LANES);
             channel += S::LANES;
         }
         if channel < line.channels {
-            backward_vector::<S, false>(line, channel, line.channels - channel);
+            backward_vectors::<S, 1, false>(line, channel, line.channels - channel);
         }
     }
 }
