@@ -8,8 +8,8 @@ use super::{WeightGradient, add, check};
 use crate::arena::{Bump, SharedPtr};
 
 /// Fewest and most tasks of a backward pass, each with its own partial dW, and how many values these may hold together.
-const BACKWARD_TASKS: (usize, usize) = (4, 32);
-const PARTIAL_VALUES: usize = 2 << 20;
+const BACKWARD_TASKS: (usize, usize) = (4, 16);
+const PARTIAL_VALUES: usize = 1 << 20;
 
 /// The tasks of a backward pass.
 pub(super) fn weight_tasks(plan: &RowPlan, inputs: usize, outputs: usize) -> Vec<RowTask> {
