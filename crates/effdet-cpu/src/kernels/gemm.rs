@@ -219,6 +219,18 @@ impl<T: Stored> Epilogue<T> {
         }
     }
 
+    /// Has the cache lines of C fetched that a tile will write.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
+        for i in 0..R {
+            for bytes in (0..V * S::LANES * size_of::<T>()).step_by(ALIGNMENT) {
+                let c = self.c.wrapping_add((row + i) * self.c_stride + column);
+                // SAFETY: the caller promises the instruction set; any address may be prefetched.
+                unsafe { S::prefetch(c.wrapping_byte_add(bytes).cast()) };
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn finish<S: Simd, const R: usize, const V: usize>(
         &self,
@@ -338,6 +350,9 @@ impl<T: Stored> Multiply<T> {
         unsafe {
             let b = self.b.add(column / PANEL * self.b_panel_stride + column % PANEL);
             let a = self.a.add(row * self.a_stride);
+            if !self.epilogue.streaming {
+                self.epilogue.fetch::<S, R, V>(row, column);
+            }
             let tile =
                 product_tile::<S, P, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride, ahead);
             self.epilogue.finish::<S, R, V>(row, column, self.columns, tile);

@@ -231,6 +231,10 @@ pub(super) struct Strip<X> {
     pub act: *mut f32,
     /// `[pixels, 16]`.
     pub slope: *mut f32,
+    /// Bytes from a raw value to what will be written for its pixel, which are brought to the cache.
+    pub target: *const u8,
+    /// Bytes from one pixel to the next there.
+    pub target_stride: usize,
 }
 
 #[inline(always)]
@@ -246,6 +250,7 @@ unsafe fn activate_strip_vector<S: Simd, A: Activation, X: Stored, const WHOLE: 
         for pixel in 0..strip.pixels {
             let raw = strip.raw.add(pixel * strip.pixel_stride + channel);
             S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride).cast());
+            S::prefetch(strip.target.wrapping_add(pixel * strip.target_stride).cast());
             let raw = load::<S, WHOLE>(raw, lanes);
             let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
             S::store(strip.act.add(pixel * LANE_GROUP + channel), act);
