@@ -566,6 +566,11 @@ impl MultiplyTransposed {
     ) {
         // SAFETY: a tile inside the operands the caller promises.
         unsafe {
+            for i in 0..R {
+                for lane in (0..V * S::LANES).step_by(LINE) {
+                    S::prefetch(self.c.wrapping_add((row + i) * self.c_stride + column + lane));
+                }
+            }
             let mut tile = [[S::zero(); V]; R];
             let (mut p, mut q) = (self.p.add(row), self.q.add(column));
             let (mut fetch, fetch_step) = ahead.take(self.depth, q);
