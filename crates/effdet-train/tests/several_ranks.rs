@@ -36,7 +36,8 @@ fn train(group: &dyn ProcessGroup, batch_size: usize, sync_bn: bool) -> (Vec<Ste
     (hparams.num_classes, hparams.image_size) = (CLASS_NAMES.len(), ImageSize::square(64));
     hparams.max_level = 5;
     (hparams.num_epochs, hparams.lr_warmup_epoch) = (4.0, 0.5);
-    (hparams.learning_rate, hparams.lr_warmup_init) = (0.02, 0.001);
+    // At five times this rate the loss climbs, and a max-pool whose two largest values nearly tie turns the last place into 1e-4.
+    (hparams.learning_rate, hparams.lr_warmup_init) = (0.004, 0.001);
     let network = Arc::new(Network::new(&hparams).unwrap());
     let options = CpuOptions {
         threads: 1,
@@ -104,18 +105,18 @@ fn ranks_with_synchronised_batch_norm_compute_what_one_process_does() {
     assert_eq!(together[0].1, together[1].1, "ranks agree in every bit");
     for (a, b) in alone.0.iter().zip(&together[0].0) {
         assert!(
-            (a.loss - b.loss).abs() < 2e-5 * a.loss,
+            (a.loss - b.loss).abs() < 2e-6 * a.loss,
             "{} and {}",
             a.loss,
             b.loss
         );
         assert!(
-            (a.box_loss - b.box_loss).abs() < 1e-4 * a.box_loss,
+            (a.box_loss - b.box_loss).abs() < 1e-5 * a.box_loss,
             "{a:?} and {b:?}"
         );
     }
     let (a, b) = (&alone.1.weights, &together[0].1.weights);
-    assert!(largest_difference(&a.trainable, &b.trainable) < 2e-5);
+    assert!(largest_difference(&a.trainable, &b.trainable) < 4e-6);
     let scale = a.statistics.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     assert!(largest_difference(&a.statistics, &b.statistics) < 1e-5 * scale);
 
