@@ -277,7 +277,11 @@ pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: 
                     act: line.scratch,
                     slope: line.scratch.add(STRIP_PIXELS * LANE_GROUP),
                     target: line.dz.add(from * line.pixel_stride + first).cast(),
-                    target_stride: if line.streaming { 0 } else { line.pixel_stride * size_of::<G>() },
+                    target_stride: if line.streaming {
+                        0
+                    } else {
+                        line.pixel_stride * size_of::<G>()
+                    },
                 };
                 (line.activate)(isa, &activation);
                 strip::<X, G, K, ST>(isa, line, (from, to), first);
