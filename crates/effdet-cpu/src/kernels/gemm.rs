@@ -219,7 +219,7 @@ impl<T: Stored> Epilogue<T> {
         }
     }
 
-    /// Has the cache lines of C fetched that a tile will write.
+    /// Has the cache lines of C fetched that a tile will write: stores leave in order, so one that misses holds up the others.
     #[inline(always)]
     unsafe fn fetch<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
         for i in 0..R {

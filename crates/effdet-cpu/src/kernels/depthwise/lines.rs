@@ -231,7 +231,7 @@ pub(super) struct Strip<X> {
     pub act: *mut f32,
     /// `[pixels, 16]`.
     pub slope: *mut f32,
-    /// Bytes from a raw value to what will be written for its pixel, which are brought to the cache.
+    /// Where the gradient of the first pixel will be written: fetched, since stores that miss hold up those behind them.
     pub target: *const u8,
     /// Bytes from one pixel to the next there.
     pub target_stride: usize,
