@@ -120,7 +120,7 @@ pub(crate) struct Prefetch {
     runs: [(*const f32, usize); MOST_RUNS],
 }
 
-/// Tensors of which a block reads rows at most.
+/// Most tensors of which a block reads rows: dz, y, x, two addends and the layer below's y in the backward pass.
 const MOST_RUNS: usize = 6;
 
 /// Values in a cache line.
@@ -141,7 +141,7 @@ impl Prefetch {
         fetch
     }
 
-    /// Fetches a slice after the others.
+    /// Fetches a slice after the others, [`MOST_RUNS`] in all; more are not fetched.
     pub(crate) fn and<T>(mut self, values: &[T]) -> Self {
         if let Some(run) = self.runs.iter_mut().find(|(_, left)| *left == 0) {
             *run = Self::of(values).runs[0];
@@ -219,18 +219,6 @@ impl<T: Stored> Epilogue<T> {
         }
     }
 
-    /// Has the cache lines of C fetched that a tile will write: stores leave in order, so one that misses holds up the others.
-    #[inline(always)]
-    unsafe fn fetch<S: Simd, const R: usize, const V: usize>(&self, row: usize, column: usize) {
-        for i in 0..R {
-            for bytes in (0..V * S::LANES * size_of::<T>()).step_by(ALIGNMENT) {
-                let c = self.c.wrapping_add((row + i) * self.c_stride + column);
-                // SAFETY: the caller promises the instruction set; any address may be prefetched.
-                unsafe { S::prefetch(c.wrapping_byte_add(bytes).cast()) };
-            }
-        }
-    }
-
     #[inline(always)]
     unsafe fn finish<S: Simd, const R: usize, const V: usize>(
         &self,
@@ -302,6 +290,18 @@ impl<T: Stored> Epilogue<T> {
     }
 }
 
+/// Has the cache lines fetched that a tile of C will write: stores leave in order, so one that misses holds up the others.
+#[inline(always)]
+unsafe fn fetch_tile<S: Simd, T, const R: usize, const V: usize>(c: *const T, c_stride: usize) {
+    for row in 0..R {
+        for bytes in (0..V * S::LANES * size_of::<T>()).step_by(ALIGNMENT) {
+            let line = c.wrapping_add(row * c_stride).wrapping_byte_add(bytes);
+            // SAFETY: the caller promises the instruction set; any address may be prefetched.
+            unsafe { S::prefetch(line.cast()) };
+        }
+    }
+}
+
 /// One tile of A·B: R rows, V vectors.
 #[inline(always)]
 unsafe fn product_tile<S: Simd, P: Product<S>, const R: usize, const V: usize>(
@@ -351,7 +351,11 @@ impl<T: Stored> Multiply<T> {
             let b = self.b.add(column / PANEL * self.b_panel_stride + column % PANEL);
             let a = self.a.add(row * self.a_stride);
             if !self.epilogue.streaming {
-                self.epilogue.fetch::<S, R, V>(row, column);
+                let c = self
+                    .epilogue
+                    .c
+                    .wrapping_add(row * self.epilogue.c_stride + column);
+                fetch_tile::<S, T, R, V>(c, self.epilogue.c_stride);
             }
             let tile =
                 product_tile::<S, P, R, V>(self.depth, a, self.a_stride, b, self.b_panel_stride, ahead);
@@ -566,11 +570,7 @@ impl MultiplyTransposed {
     ) {
         // SAFETY: a tile inside the operands the caller promises.
         unsafe {
-            for i in 0..R {
-                for lane in (0..V * S::LANES).step_by(LINE) {
-                    S::prefetch(self.c.wrapping_add((row + i) * self.c_stride + column + lane));
-                }
-            }
+            fetch_tile::<S, f32, R, V>(self.c.wrapping_add(row * self.c_stride + column), self.c_stride);
             let mut tile = [[S::zero(); V]; R];
             let (mut p, mut q) = (self.p.add(row), self.q.add(column));
             let (mut fetch, fetch_step) = ahead.take(self.depth, q);

@@ -540,6 +540,7 @@ impl<A: Activation, X: Stored, G: Stored, K: Sink> Sweep for ActivateBackward<A,
                 if WHOLE && self.streaming {
                     G::stream::<S>(self.da.add(at), da);
                 } else {
+                    // The rows after next, before they are written: a store that misses holds up those behind it.
                     S::prefetch(self.da.wrapping_add(at + 2 * R * self.stride).cast());
                     store::<S, WHOLE>(self.da.add(at), da, lanes);
                 }

@@ -491,6 +491,16 @@ mod tests {
         }
     }
 
+    #[test]
+    fn powers_of_eighths_are_correctly_rounded() {
+        for n in -1008..1024 {
+            let counted = f32::from_bits(n as u32 & 0xfff);
+            // SAFETY: plain Rust is always available.
+            let power = unsafe { Portable::power_of_eighths(Portable::splat(counted)) };
+            assert_eq!(power[0], (f64::from(n) / 8.0).exp2() as f32, "{n}/8");
+        }
+    }
+
     #[inline(always)]
     unsafe fn partial_body<S: Simd>(n: usize) -> [f32; 18] {
         let source: [f32; 16] = std::array::from_fn(|i| i as f32 + 1.0);

@@ -267,6 +267,12 @@ pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: 
         for first in (0..line.channels).step_by(LANE_GROUP) {
             // SAFETY: pixels and channels of the line.
             unsafe {
+                let dz = line.dz.add(from * line.pixel_stride + first);
+                let (target, target_stride) = if line.streaming {
+                    (line.scratch.cast_const().cast(), 0)
+                } else {
+                    (dz.cast_const().cast(), line.pixel_stride * size_of::<G>())
+                };
                 let activation = Strip {
                     pixels: to - from,
                     channels: (line.channels - first).min(LANE_GROUP),
@@ -276,12 +282,8 @@ pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: 
                     shift: line.shift.add(first),
                     act: line.scratch,
                     slope: line.scratch.add(STRIP_PIXELS * LANE_GROUP),
-                    target: line.dz.add(from * line.pixel_stride + first).cast(),
-                    target_stride: if line.streaming {
-                        0
-                    } else {
-                        line.pixel_stride * size_of::<G>()
-                    },
+                    target,
+                    target_stride,
                 };
                 (line.activate)(isa, &activation);
                 strip::<X, G, K, ST>(isa, line, (from, to), first);

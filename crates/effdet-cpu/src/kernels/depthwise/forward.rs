@@ -110,15 +110,15 @@ unsafe fn strip<S: Simd, Y: Stored, const K: usize, const ST: usize, const WHOLE
         macro_rules! tiles {
             ($pixels:literal) => {
                 while pixel + ($pixels - 1) < to {
+                    let y = target.add((pixel - from) * line.pixel_stride);
                     if !line.streaming {
-                        let y = target.add((pixel - from) * line.pixel_stride);
+                        // Before they are written: a store that misses holds up those behind it.
                         for p in 0..$pixels {
                             S::prefetch(y.wrapping_add(p * line.pixel_stride).cast());
                         }
                     }
                     let out =
                         tile::<S, K, ST, $pixels>(&line.lines, source + pixel * ST * LANE_GROUP, weights);
-                    let y = target.add((pixel - from) * line.pixel_stride);
                     if staged {
                         let staging = staging.add((pixel - from) * LANE_GROUP);
                         for (p, &v) in out.iter().enumerate() {

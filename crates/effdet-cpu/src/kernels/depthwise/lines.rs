@@ -231,9 +231,10 @@ pub(super) struct Strip<X> {
     pub act: *mut f32,
     /// `[pixels, 16]`.
     pub slope: *mut f32,
-    /// Where the gradient of the first pixel will be written: fetched, since stores that miss hold up those behind them.
+    /// Where the first pixel's gradient will be written: fetched, since a store that misses holds up those behind it. An address in
+    /// the cache, with a stride of 0, where gradients are streamed.
     pub target: *const u8,
-    /// Bytes from one pixel to the next there.
+    /// Bytes from one pixel's gradient to the next.
     pub target_stride: usize,
 }
 

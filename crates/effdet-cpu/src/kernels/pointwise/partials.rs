@@ -8,6 +8,8 @@ use super::{WeightGradient, add, check};
 use crate::arena::{Bump, SharedPtr};
 
 /// Fewest and most tasks of a backward pass, each with its own partial dW, and how many values these may hold together.
+///
+/// More tasks would keep more than 16 threads busy, but adding up twice as many partial gradients costs two threads 2 % of a step.
 const BACKWARD_TASKS: (usize, usize) = (4, 16);
 const PARTIAL_VALUES: usize = 1 << 20;
 
