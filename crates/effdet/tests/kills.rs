@@ -105,7 +105,7 @@ fn a_dozen_kills_change_nothing() {
 }
 
 #[test]
-#[ignore = "minutes; run it by hand after changes to saving and resuming"]
+#[ignore = "takes two minutes; `.ci/run` does it in a step of its own"]
 fn two_hundred_kills_change_nothing() {
     torture(200, 120, 2);
 }
