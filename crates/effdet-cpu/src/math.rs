@@ -66,41 +66,72 @@ const EIGHTHS_ROUNDER: f32 = 1_572_864.0;
 /// The power of two is cut into eighths, which a table has, so that a cubic polynomial suffices for the rest: the multipliers of a
 /// processor are what this function keeps busiest.
 #[inline(always)]
-unsafe fn factors_of_exp_of_minus<S: Simd>(x: S::V) -> (S::V, S::V) {
+unsafe fn factors_of_exp_of_minus<S: Simd, const P: usize>(x: &[S::V; P]) -> ([S::V; P], [S::V; P]) {
     // SAFETY: see `exp2_fraction`.
     unsafe {
-        let rounder = S::splat(EIGHTHS_ROUNDER);
-        let rounded = S::fnma(x, S::splat(LOG2_E), rounder);
-        let f = S::fnma(x, S::splat(LOG2_E), S::sub(rounder, rounded));
-        // 2ᶠ for |f| <= 1/16, relative error 2.7e-8 before rounding; exactly 1 at 0.
-        let mut p = S::splat(5.549_617e-2);
-        for c in [2.402_578_3e-1, 6.931_472_4e-1, 1.0] {
-            p = S::fma(p, f, S::splat(c));
+        let (log2_e, rounder) = (S::splat(LOG2_E), S::splat(EIGHTHS_ROUNDER));
+        let mut rounded = [rounder; P];
+        for (rounded, &x) in rounded.iter_mut().zip(x) {
+            *rounded = S::fnma(x, log2_e, rounder);
         }
-        (p, S::power_of_eighths(rounded))
+        let mut f = rounded;
+        for f in &mut f {
+            *f = S::sub(rounder, *f);
+        }
+        for (f, &x) in f.iter_mut().zip(x) {
+            *f = S::fnma(x, log2_e, *f);
+        }
+        // 2ᶠ for |f| <= 1/16, relative error 2.7e-8 before rounding; exactly 1 at 0.
+        let mut p = [S::splat(5.549_617e-2); P];
+        for c in [2.402_578_3e-1, 6.931_472_4e-1, 1.0] {
+            for (p, &f) in p.iter_mut().zip(&f) {
+                *p = S::fma(*p, f, S::splat(c));
+            }
+        }
+        let mut q = rounded;
+        for q in &mut q {
+            *q = S::power_of_eighths(*q);
+        }
+        (p, q)
     }
 }
 
 /// 1 + e⁻ˣ, relative error below 2e-7 + 1.4e-8·|x|; constant beyond ±87.
 #[inline(always)]
-unsafe fn one_plus_exp_of_minus<S: Simd>(x: S::V) -> S::V {
+unsafe fn one_plus_exp_of_minus<S: Simd, const P: usize>(x: &[S::V; P]) -> [S::V; P] {
     // SAFETY: see `exp2_fraction`.
     unsafe {
-        let x = S::min(S::splat(87.0), S::max(S::splat(-87.0), x));
-        let (p, q) = factors_of_exp_of_minus::<S>(x);
-        S::fma(p, q, S::splat(1.0))
+        let mut clamped = *x;
+        for x in &mut clamped {
+            *x = S::max(S::splat(-87.0), *x);
+        }
+        for x in &mut clamped {
+            *x = S::min(S::splat(87.0), *x);
+        }
+        let (mut p, q) = factors_of_exp_of_minus::<S, P>(&clamped);
+        for (p, q) in p.iter_mut().zip(q) {
+            *p = S::fma(*p, q, S::splat(1.0));
+        }
+        p
     }
 }
 
 /// e^−|x|, relative error below 2e-7 + 1.4e-8·|x|; 0 beyond ±87, NaN kept.
 #[inline(always)]
-pub unsafe fn exp_of_minus_abs<S: Simd>(x: S::V) -> S::V {
+pub unsafe fn exp_of_minus_abs<S: Simd, const P: usize>(x: &[S::V; P]) -> [S::V; P] {
     // SAFETY: see `exp2_fraction`.
     unsafe {
         let limit = S::splat(87.0);
-        let distance = S::abs(x);
-        let (p, q) = factors_of_exp_of_minus::<S>(S::min(limit, distance));
-        S::select_lt(limit, distance, S::zero(), S::mul(p, q))
+        let (mut distances, mut clamped) = (*x, *x);
+        for (distance, clamped) in distances.iter_mut().zip(&mut clamped) {
+            *distance = S::abs(*distance);
+            *clamped = S::min(limit, *distance);
+        }
+        let (mut p, q) = factors_of_exp_of_minus::<S, P>(&clamped);
+        for ((p, q), distance) in p.iter_mut().zip(q).zip(distances) {
+            *p = S::select_lt(limit, distance, S::zero(), S::mul(*p, q));
+        }
+        p
     }
 }
 
@@ -108,17 +139,22 @@ pub unsafe fn exp_of_minus_abs<S: Simd>(x: S::V) -> S::V {
 #[inline(always)]
 pub unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
     // SAFETY: see `exp2_fraction`.
-    unsafe { S::div(S::splat(1.0), one_plus_exp_of_minus::<S>(x)) }
+    unsafe {
+        let [divisor] = one_plus_exp_of_minus::<S, 1>(&[x]);
+        S::div(S::splat(1.0), divisor)
+    }
 }
 
 /// 2·atanh(s)/s at `y` = s², for 0 <= y <= 1/9.
 #[inline(always)]
-unsafe fn atanh_series<S: Simd>(y: S::V) -> S::V {
+unsafe fn atanh_series<S: Simd, const P: usize>(y: &[S::V; P]) -> [S::V; P] {
     // SAFETY: see `exp2_fraction`.
     unsafe {
-        let mut p = S::splat(2.817_833_4e-1);
+        let mut p = [S::splat(2.817_833_4e-1); P];
         for c in [2.796_06e-1, 4.002_491e-1, 6.666_631_7e-1, 2.0] {
-            p = S::fma(p, y, S::splat(c));
+            for (p, &y) in p.iter_mut().zip(y) {
+                *p = S::fma(*p, y, S::splat(c));
+            }
         }
         p
     }
@@ -130,20 +166,40 @@ pub unsafe fn ln_1p_unit<S: Simd>(x: S::V) -> S::V {
     // SAFETY: see `exp2_fraction`.
     unsafe {
         let s = S::div(x, S::add(x, S::splat(2.0)));
-        S::mul(s, atanh_series::<S>(S::mul(s, s)))
+        let [series] = atanh_series::<S, 1>(&[S::mul(s, s)]);
+        S::mul(s, series)
     }
 }
 
 /// 1/(1 + x) and ln(1 + x) for 0 <= x <= 1, within 3 and 4 ulp: one division serves both, and divisions are what takes longest.
 #[inline(always)]
-pub unsafe fn reciprocal_and_ln_1p_unit<S: Simd>(x: S::V) -> (S::V, S::V) {
+pub unsafe fn reciprocal_and_ln_1p_unit<S: Simd, const P: usize>(x: &[S::V; P]) -> ([S::V; P], [S::V; P]) {
     // SAFETY: see `exp2_fraction`.
     unsafe {
-        let (plus_one, plus_two) = (S::add(x, S::splat(1.0)), S::add(x, S::splat(2.0)));
-        let both = S::div(S::splat(1.0), S::mul(plus_one, plus_two));
-        let s = S::mul(x, S::mul(both, plus_one));
-        let ln = S::mul(s, atanh_series::<S>(S::mul(s, s)));
-        (S::mul(both, plus_two), ln)
+        let (mut plus_one, mut plus_two, mut both) = (*x, *x, *x);
+        for (one, two) in plus_one.iter_mut().zip(&mut plus_two) {
+            *one = S::add(*one, S::splat(1.0));
+            *two = S::add(*two, S::splat(2.0));
+        }
+        for ((both, &one), &two) in both.iter_mut().zip(&plus_one).zip(&plus_two) {
+            *both = S::div(S::splat(1.0), S::mul(one, two));
+        }
+        let mut s = *x;
+        for ((s, &both), &one) in s.iter_mut().zip(&both).zip(&plus_one) {
+            *s = S::mul(*s, S::mul(both, one));
+        }
+        let mut squares = s;
+        for s in &mut squares {
+            *s = S::mul(*s, *s);
+        }
+        let mut ln = atanh_series::<S, P>(&squares);
+        for (ln, s) in ln.iter_mut().zip(s) {
+            *ln = S::mul(s, *ln);
+        }
+        for (both, two) in both.iter_mut().zip(plus_two) {
+            *both = S::mul(*both, two);
+        }
+        (both, ln)
     }
 }
 
@@ -155,7 +211,8 @@ pub unsafe fn ln<S: Simd>(x: S::V) -> S::V {
         let (m, e) = S::split_exponent(x);
         let one = S::splat(1.0);
         let s = S::div(S::sub(m, one), S::add(m, one));
-        let mantissa_part = S::fma(s, atanh_series::<S>(S::mul(s, s)), S::mul(e, S::splat(LN_2_LOW)));
+        let [series] = atanh_series::<S, 1>(&[S::mul(s, s)]);
+        let mantissa_part = S::fma(s, series, S::mul(e, S::splat(LN_2_LOW)));
         S::fma(e, S::splat(LN_2), mantissa_part)
     }
 }
@@ -195,6 +252,28 @@ pub trait Activation: Copy + Send + Sync + 'static {
     unsafe fn value<S: Simd>(z: S::V) -> S::V;
     /// The activation and its derivative at `z`; the activation may differ from [`value`](Self::value) in the last place.
     unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V);
+
+    /// [`value`](Self::value) of several vectors, step by step for all of them: the steps of one vector wait for each other, and
+    /// a processor looks only a few dozen instructions ahead for others.
+    #[inline(always)]
+    unsafe fn values<S: Simd, const P: usize>(mut z: [S::V; P]) -> [S::V; P] {
+        for z in &mut z {
+            // SAFETY: the caller promises the instruction set of `S`.
+            *z = unsafe { Self::value::<S>(*z) };
+        }
+        z
+    }
+
+    /// [`value_and_slope`](Self::value_and_slope) of several vectors, step by step as in [`values`](Self::values).
+    #[inline(always)]
+    unsafe fn values_and_slopes<S: Simd, const P: usize>(mut z: [S::V; P]) -> ([S::V; P], [S::V; P]) {
+        let mut slopes = z;
+        for (z, slope) in z.iter_mut().zip(&mut slopes) {
+            // SAFETY: the caller promises the instruction set of `S`.
+            (*z, *slope) = unsafe { Self::value_and_slope::<S>(*z) };
+        }
+        (z, slopes)
+    }
 }
 
 /// Runs an expression with a type alias bound to the marker type of an [`Act`]:
@@ -238,7 +317,7 @@ pub(crate) use with_activation;
 
 /// Marker types of the activations.
 pub mod activations {
-    use super::{Activation, Simd, exp, ln, one_plus_exp_of_minus, sigmoid};
+    use super::{Activation, Simd, exp, ln, one_plus_exp_of_minus};
 
     /// z·σ(z).
     #[derive(Debug, Clone, Copy)]
@@ -268,16 +347,91 @@ pub mod activations {
         #[inline(always)]
         unsafe fn value<S: Simd>(z: S::V) -> S::V {
             // SAFETY: see above.
-            unsafe { S::div(z, one_plus_exp_of_minus::<S>(z)) }
+            let [value] = unsafe { Self::values::<S, 1>([z]) };
+            value
         }
-        /// One sigmoid serves both: the slope is σ + act·(1 − σ).
         #[inline(always)]
         unsafe fn value_and_slope<S: Simd>(z: S::V) -> (S::V, S::V) {
             // SAFETY: see above.
+            let ([value], [slope]) = unsafe { Self::values_and_slopes::<S, 1>([z]) };
+            (value, slope)
+        }
+        #[inline(always)]
+        unsafe fn values<S: Simd, const P: usize>(mut z: [S::V; P]) -> [S::V; P] {
+            // SAFETY: see above.
             unsafe {
-                let s = sigmoid::<S>(z);
-                let act = S::mul(z, s);
-                (act, S::fnma(act, s, S::add(act, s)))
+                let rest = if S::REGISTERS == 32 {
+                    let (groups, rest) = z.as_chunks_mut::<4>();
+                    for z in groups {
+                        swish::<S, 4>(z);
+                    }
+                    rest
+                } else {
+                    let (groups, rest) = z.as_chunks_mut::<2>();
+                    for z in groups {
+                        swish::<S, 2>(z);
+                    }
+                    rest
+                };
+                for z in rest.as_chunks_mut().0 {
+                    swish::<S, 1>(z);
+                }
+            }
+            z
+        }
+        #[inline(always)]
+        unsafe fn values_and_slopes<S: Simd, const P: usize>(mut z: [S::V; P]) -> ([S::V; P], [S::V; P]) {
+            let mut slopes = z;
+            // SAFETY: see above.
+            unsafe {
+                let (rest, slopes) = if S::REGISTERS == 32 {
+                    let ((z, rest), (slopes, more)) = (z.as_chunks_mut::<4>(), slopes.as_chunks_mut::<4>());
+                    for (z, slopes) in z.iter_mut().zip(slopes) {
+                        swish_and_slope::<S, 4>(z, slopes);
+                    }
+                    (rest, more)
+                } else {
+                    let ((z, rest), (slopes, more)) = (z.as_chunks_mut::<2>(), slopes.as_chunks_mut::<2>());
+                    for (z, slopes) in z.iter_mut().zip(slopes) {
+                        swish_and_slope::<S, 2>(z, slopes);
+                    }
+                    (rest, more)
+                };
+                let (rest, slopes) = (rest.as_chunks_mut().0, slopes.as_chunks_mut().0);
+                for (z, slopes) in rest.iter_mut().zip(slopes) {
+                    swish_and_slope::<S, 1>(z, slopes);
+                }
+            }
+            (z, slopes)
+        }
+    }
+
+    /// As many vectors at once as registers hold with what is computed on the way.
+    #[inline(always)]
+    unsafe fn swish<S: Simd, const P: usize>(z: &mut [S::V; P]) {
+        // SAFETY: see above.
+        unsafe {
+            let divisors = one_plus_exp_of_minus::<S, P>(z);
+            for (z, divisor) in z.iter_mut().zip(divisors) {
+                *z = S::div(*z, divisor);
+            }
+        }
+    }
+
+    /// One sigmoid serves both: the slope is σ + act·(1 − σ).
+    #[inline(always)]
+    unsafe fn swish_and_slope<S: Simd, const P: usize>(z: &mut [S::V; P], slopes: &mut [S::V; P]) {
+        // SAFETY: see above.
+        unsafe {
+            *slopes = one_plus_exp_of_minus::<S, P>(z);
+            for s in slopes.iter_mut() {
+                *s = S::div(S::splat(1.0), *s);
+            }
+            for (z, &s) in z.iter_mut().zip(slopes.iter()) {
+                *z = S::mul(*z, s);
+            }
+            for (slope, &act) in slopes.iter_mut().zip(z.iter()) {
+                *slope = S::fnma(act, *slope, S::add(act, *slope));
             }
         }
     }
@@ -426,12 +580,12 @@ mod tests {
                 let v = S::load_partial(chunk.as_ptr(), n);
                 let v = match function {
                     Function::Exp => exp::<S>(v),
-                    Function::ExpOfMinusAbs => exp_of_minus_abs::<S>(v),
+                    Function::ExpOfMinusAbs => exp_of_minus_abs::<S, 1>(&[v])[0],
                     Function::Sigmoid => sigmoid::<S>(v),
                     Function::Ln => ln::<S>(v),
                     Function::Ln1pUnit => ln_1p_unit::<S>(v),
                     Function::ReciprocalAndLn(part) => {
-                        let (reciprocal, ln) = reciprocal_and_ln_1p_unit::<S>(v);
+                        let ([reciprocal], [ln]) = reciprocal_and_ln_1p_unit::<S, 1>(&[v]);
                         if part == 0 { reciprocal } else { ln }
                     }
                     Function::Softplus => softplus::<S>(v),

@@ -60,40 +60,43 @@ unsafe fn activate_values_body<S: Simd, A: Activation>(
     let mut at = 0;
     // SAFETY: `len` values; the last vector is partial.
     unsafe {
+        let with_residual = !residual.is_null();
+        while at + 4 * S::LANES <= len {
+            let residual = residual.wrapping_add(at);
+            activate_vectors::<S, A, 4, true>(values.add(at), residual, with_residual, S::LANES);
+            at += 4 * S::LANES;
+        }
         while at + S::LANES <= len {
-            activate_vector::<S, A, true>(
-                values.add(at),
-                residual.wrapping_add(at),
-                !residual.is_null(),
-                S::LANES,
-            );
+            let residual = residual.wrapping_add(at);
+            activate_vectors::<S, A, 1, true>(values.add(at), residual, with_residual, S::LANES);
             at += S::LANES;
         }
         if at < len {
-            activate_vector::<S, A, false>(
-                values.add(at),
-                residual.wrapping_add(at),
-                !residual.is_null(),
-                len - at,
-            );
+            let residual = residual.wrapping_add(at);
+            activate_vectors::<S, A, 1, false>(values.add(at), residual, with_residual, len - at);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn activate_vector<S: Simd, A: Activation, const WHOLE: bool>(
-    value: *mut f32,
+unsafe fn activate_vectors<S: Simd, A: Activation, const P: usize, const WHOLE: bool>(
+    values: *mut f32,
     residual: *const f32,
     has_residual: bool,
     lanes: usize,
 ) {
-    // SAFETY: `lanes` values each.
+    // SAFETY: P vectors each, of `lanes` values.
     unsafe {
-        let mut v = A::value::<S>(load::<S, WHOLE>(value, lanes));
-        if has_residual {
-            v = S::add(v, load::<S, WHOLE>(residual, lanes));
+        let mut raw = [S::zero(); P];
+        for (p, raw) in raw.iter_mut().enumerate() {
+            *raw = load::<S, WHOLE>(values.add(p * S::LANES), lanes);
         }
-        store::<S, WHOLE>(value, v, lanes);
+        for (p, mut v) in A::values::<S, P>(raw).into_iter().enumerate() {
+            if has_residual {
+                v = S::add(v, load::<S, WHOLE>(residual.add(p * S::LANES), lanes));
+            }
+            store::<S, WHOLE>(values.add(p * S::LANES), v, lanes);
+        }
     }
 }
 
@@ -147,12 +150,25 @@ unsafe fn activate_column<S: Simd, A: Activation, const WHOLE: bool>(
         } else {
             S::load(line.sums.add(channel))
         };
-        for pixel in 0..line.pixels {
-            let raw = load::<S, WHOLE>(line.raw.add(pixel * line.raw_stride + channel), lanes);
-            let v = A::value::<S>(raw);
-            store::<S, WHOLE>(line.out.add(pixel * line.pixel_stride + channel), v, lanes);
-            sum = S::add(sum, v);
+        let mut pixel = 0;
+        macro_rules! pixels {
+            ($pixels:literal) => {
+                while pixel + $pixels <= line.pixels {
+                    let mut raw = [S::zero(); $pixels];
+                    for (p, raw) in raw.iter_mut().enumerate() {
+                        *raw = load::<S, WHOLE>(line.raw.add((pixel + p) * line.raw_stride + channel), lanes);
+                    }
+                    for (p, v) in A::values::<S, $pixels>(raw).into_iter().enumerate() {
+                        let out = line.out.add((pixel + p) * line.pixel_stride + channel);
+                        store::<S, WHOLE>(out, v, lanes);
+                        sum = S::add(sum, v);
+                    }
+                    pixel += $pixels;
+                }
+            };
         }
+        pixels!(4);
+        pixels!(1);
         if !line.sums.is_null() {
             S::store(line.sums.add(channel), sum);
         }

@@ -253,8 +253,7 @@ unsafe fn strip<S: Simd, A: Activation, const K: usize, const ST: usize, const W
                     let at = source + pixel * ST * LANE_GROUP;
                     let out = tile::<S, K, ST, $pixels>(&line.lines, at, weights, bias);
                     let target = line.out.add(pixel * line.pixel_stride + channel);
-                    for (p, v) in out.into_iter().enumerate() {
-                        let v = A::value::<S>(v);
+                    for (p, v) in A::values::<S, $pixels>(out).into_iter().enumerate() {
                         store::<S, WHOLE>(target.add(p * line.pixel_stride), v, lanes);
                         sum = S::add(sum, v);
                     }

@@ -401,10 +401,14 @@ impl<A: Activation> Sweep for ActivatePass<A> {
             let scale = load::<S, WHOLE>(self.scale.add(column), lanes);
             let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
             let gain = S::splat(self.gain);
-            for row in row..row + R {
-                let at = row * self.columns + column;
-                let raw = load::<S, WHOLE>(self.raw.add(at), lanes);
-                let mut out = S::mul(gain, A::value::<S>(S::fma(raw, scale, shift)));
+            let mut z = [S::zero(); R];
+            for (i, z) in z.iter_mut().enumerate() {
+                let raw = load::<S, WHOLE>(self.raw.add((row + i) * self.columns + column), lanes);
+                *z = S::fma(raw, scale, shift);
+            }
+            for (i, value) in A::values::<S, R>(z).into_iter().enumerate() {
+                let at = (row + i) * self.columns + column;
+                let mut out = S::mul(gain, value);
                 if !self.residual.is_null() {
                     out = S::add(out, load::<S, WHOLE>(self.residual.add(at), lanes));
                 }
@@ -450,11 +454,15 @@ impl<A: Activation> Sweep for ActivateBackwardPass<A> {
             let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
             let gain = S::splat(self.gain);
             let (mut sum, mut with_raw) = (S::zero(), S::zero());
-            for row in row..row + R {
-                let at = row * self.columns + column;
-                let raw = load::<S, WHOLE>(self.raw.add(at), lanes);
+            let (mut raws, mut z) = ([S::zero(); R], [S::zero(); R]);
+            for (i, (raw, z)) in raws.iter_mut().zip(&mut z).enumerate() {
+                *raw = load::<S, WHOLE>(self.raw.add((row + i) * self.columns + column), lanes);
+                *z = S::fma(*raw, scale, shift);
+            }
+            let (_, slopes) = A::values_and_slopes::<S, R>(z);
+            for (i, (slope, raw)) in slopes.into_iter().zip(raws).enumerate() {
+                let at = (row + i) * self.columns + column;
                 let dout = load::<S, WHOLE>(self.dout.add(at), lanes);
-                let (_, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
                 let dz = S::mul(S::mul(gain, dout), slope);
                 store::<S, WHOLE>(self.dz.add(at), dz, lanes);
                 sum = S::add(sum, dz);

@@ -17,7 +17,10 @@ use crate::storage::{Bf16, Products, Stored};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+mod packing;
 mod tile_order;
+
+pub(crate) use packing::{pack, pack_pairs, pack_pairs_transposed, pack_transposed};
 
 /// The lane of two bfloat16.
 fn pair(low: f32, high: f32) -> f32 {
@@ -45,69 +48,6 @@ pub(crate) const fn scratch_stride(columns: usize) -> usize {
 /// Length of a matrix of `rows` × `columns` once packed.
 pub(crate) const fn packed_len(rows: usize, columns: usize) -> usize {
     rows * padded(columns)
-}
-
-/// Packs row-major `matrix` (`rows` × `columns`) into panels: `[⌈columns/16⌉, rows, 16]`, the last one padded with zeros.
-pub(crate) fn pack(matrix: &[f32], columns: usize, packed: &mut [f32]) {
-    let rows = matrix.len() / columns;
-    for (panel, out) in packed.chunks_exact_mut(rows * PANEL).enumerate() {
-        let first = panel * PANEL;
-        let width = PANEL.min(columns - first);
-        for (row, out) in matrix.chunks_exact(columns).zip(out.chunks_exact_mut(PANEL)) {
-            out[..width].copy_from_slice(&row[first..first + width]);
-            out[width..].fill(0.0);
-        }
-    }
-}
-
-/// Packs row-major `matrix` into panels of pairs of rows: `[⌈columns/16⌉, ⌈rows/2⌉, 16]` lanes; an odd last row goes with zeros.
-pub(crate) fn pack_pairs(matrix: &[f32], columns: usize, packed: &mut [f32]) {
-    let rows = matrix.len() / columns;
-    let lanes = Products::Bf16Pairs.lanes(rows);
-    let zeros = vec![0.0; columns];
-    for (panel, out) in packed.chunks_exact_mut(lanes * PANEL).enumerate() {
-        let first = panel * PANEL;
-        let width = PANEL.min(columns - first);
-        for (rows, out) in matrix.chunks(2 * columns).zip(out.chunks_exact_mut(PANEL)) {
-            let (low, high) = rows.split_at(columns);
-            let high = if high.is_empty() { &zeros } else { high };
-            for ((out, &low), &high) in out.iter_mut().zip(&low[first..first + width]).zip(&high[first..]) {
-                *out = pair(low, high);
-            }
-            out[width..].fill(0.0);
-        }
-    }
-}
-
-/// Packs the transpose of row-major `matrix` (`rows` × `columns`) as [`pack_pairs`] does: `[⌈rows/16⌉, ⌈columns/2⌉, 16]`.
-pub(crate) fn pack_pairs_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]) {
-    let lanes = Products::Bf16Pairs.lanes(columns);
-    for (rows, out) in matrix
-        .chunks(PANEL * columns)
-        .zip(packed.chunks_exact_mut(PANEL * lanes))
-    {
-        out.fill(0.0);
-        for (lane, row) in rows.chunks_exact(columns).enumerate() {
-            for (out, values) in out.chunks_exact_mut(PANEL).zip(row.chunks(2)) {
-                out[lane] = pair(values[0], values.get(1).copied().unwrap_or(0.0));
-            }
-        }
-    }
-}
-
-/// Packs the transpose of row-major `matrix` (`rows` × `columns`): panels over its rows, `[⌈rows/16⌉, columns, 16]`.
-pub(crate) fn pack_transposed(matrix: &[f32], columns: usize, packed: &mut [f32]) {
-    for (rows, out) in matrix
-        .chunks(PANEL * columns)
-        .zip(packed.chunks_exact_mut(PANEL * columns))
-    {
-        out.fill(0.0);
-        for (lane, row) in rows.chunks_exact(columns).enumerate() {
-            for (out, &value) in out.chunks_exact_mut(PANEL).zip(row) {
-                out[lane] = value;
-            }
-        }
-    }
 }
 
 /// Values that will be read soon; the products bring them to the cache, a line per step of their inner loop.

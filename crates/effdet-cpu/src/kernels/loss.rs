@@ -194,39 +194,59 @@ impl Term {
         }
     }
 
-    /// Loss and gradient of a vector of logits.
+    /// Losses and gradients of P vectors of logits, step by step for all of them: the steps of one vector wait for each other.
     ///
     /// With u = x for z = 0 and −x for z = 1, the probability of being wrong is σ(u) and the modulator σ(u)^γ.
     #[inline(always)]
-    unsafe fn evaluate<S: Simd>(&self, modulator: Modulator, x: S::V) -> (S::V, S::V) {
+    unsafe fn evaluate<S: Simd, const P: usize>(
+        &self,
+        modulator: Modulator,
+        x: [S::V; P],
+    ) -> ([S::V; P], [S::V; P]) {
         // SAFETY: needs the instruction set only.
         unsafe {
             let zero = S::zero();
             let is_positive = self.target == 1.0;
-            let u = if is_positive { S::sub(zero, x) } else { x };
+            let u = |x: S::V| if is_positive { S::sub(zero, x) } else { x };
             // e = exp(−|x|) gives σ(u), σ(−u) and softplus(u) without cancellation.
-            let e = exp_of_minus_abs::<S>(x);
-            let (near_one, log) = reciprocal_and_ln_1p_unit::<S>(e);
-            let near_zero = S::mul(e, near_one);
-            let wrong = S::select_lt(u, zero, near_zero, near_one);
-            let right = S::select_lt(u, zero, near_one, near_zero);
-            let modulator = match modulator {
-                Modulator::ThreeHalves => S::mul(wrong, S::sqrt(wrong)),
-                Modulator::Square => S::mul(wrong, wrong),
-                Modulator::Any => {
-                    let softplus_of_minus_u = S::add(S::max(zero, S::sub(zero, u)), log);
-                    exp::<S>(S::mul(S::splat(-self.gamma), softplus_of_minus_u))
-                }
-            };
-            let cross_entropy = S::fnma(x, S::splat(self.smoothed), S::add(S::max(zero, x), log));
-            let weighed = S::mul(S::splat(self.factor), modulator);
-            // σ(x) − z' as the distance from the target plus the smoothing's part.
-            let distance = if is_positive { S::sub(zero, wrong) } else { wrong };
-            let slope = S::add(distance, S::splat(self.target - self.smoothed));
-            // The modulator's own slope is ±γ·modulator·σ(−u).
-            let gamma = S::splat(if is_positive { -self.gamma } else { self.gamma });
-            let gradient = S::fma(S::mul(gamma, right), cross_entropy, slope);
-            (S::mul(weighed, cross_entropy), S::mul(weighed, gradient))
+            let e = exp_of_minus_abs::<S, P>(&x);
+            let (near_one, log) = reciprocal_and_ln_1p_unit::<S, P>(&e);
+            let (mut wrong, mut right) = (e, e);
+            for (i, (wrong, right)) in wrong.iter_mut().zip(&mut right).enumerate() {
+                let near_zero = S::mul(e[i], near_one[i]);
+                *wrong = S::select_lt(u(x[i]), zero, near_zero, near_one[i]);
+                *right = S::select_lt(u(x[i]), zero, near_one[i], near_zero);
+            }
+            let mut weighed = wrong;
+            for (i, weighed) in weighed.iter_mut().enumerate() {
+                let modulator = match modulator {
+                    Modulator::ThreeHalves => S::mul(*weighed, S::sqrt(*weighed)),
+                    Modulator::Square => S::mul(*weighed, *weighed),
+                    Modulator::Any => {
+                        let softplus_of_minus_u = S::add(S::max(zero, S::sub(zero, u(x[i]))), log[i]);
+                        exp::<S>(S::mul(S::splat(-self.gamma), softplus_of_minus_u))
+                    }
+                };
+                *weighed = S::mul(S::splat(self.factor), modulator);
+            }
+            let (mut losses, mut gradients) = (x, x);
+            for (i, (loss, gradient)) in losses.iter_mut().zip(&mut gradients).enumerate() {
+                let cross_entropy =
+                    S::fnma(x[i], S::splat(self.smoothed), S::add(S::max(zero, x[i]), log[i]));
+                // σ(x) − z' as the distance from the target plus the smoothing's part.
+                let distance = if is_positive {
+                    S::sub(zero, wrong[i])
+                } else {
+                    wrong[i]
+                };
+                let slope = S::add(distance, S::splat(self.target - self.smoothed));
+                // The modulator's own slope is ±γ·modulator·σ(−u).
+                let gamma = S::splat(if is_positive { -self.gamma } else { self.gamma });
+                let steepness = S::fma(S::mul(gamma, right[i]), cross_entropy, slope);
+                *loss = S::mul(weighed[i], cross_entropy);
+                *gradient = S::mul(weighed[i], steepness);
+            }
+            (losses, gradients)
         }
     }
 }
@@ -252,23 +272,40 @@ unsafe fn background_row<S: Simd>(run: &FocalRun<'_>, row: *mut f32, modulator: 
     unsafe {
         let mut sums = LaneSums::<S>::zero();
         let mut column = 0;
-        while column + VIRTUAL_LANES <= run.width {
-            for i in 0..LaneSums::<S>::VECTORS {
-                let at = row.add(column + i * S::LANES);
-                let (loss, gradient) = run.background.evaluate::<S>(modulator, S::load(at));
-                S::store(at, gradient);
-                let sum = sums.vector(i);
-                *sum = S::add(*sum, loss);
-            }
-            column += VIRTUAL_LANES;
+        macro_rules! vectors {
+            ($vectors:literal) => {
+                while column + $vectors * VIRTUAL_LANES <= run.width {
+                    for i in 0..LaneSums::<S>::VECTORS {
+                        let at = row.add(column + i * S::LANES);
+                        let mut x = [S::zero(); $vectors];
+                        for (j, x) in x.iter_mut().enumerate() {
+                            *x = S::load(at.add(j * VIRTUAL_LANES));
+                        }
+                        let (losses, gradients) = run.background.evaluate::<S, $vectors>(modulator, x);
+                        let sum = sums.vector(i);
+                        for (j, (loss, gradient)) in losses.into_iter().zip(gradients).enumerate() {
+                            S::store(at.add(j * VIRTUAL_LANES), gradient);
+                            *sum = S::add(*sum, loss);
+                        }
+                    }
+                    column += $vectors * VIRTUAL_LANES;
+                }
+            };
         }
+        if S::REGISTERS == 32 {
+            vectors!(4);
+        }
+        vectors!(2);
+        vectors!(1);
         for i in 0..LaneSums::<S>::VECTORS {
             let first = column + i * S::LANES;
             if first < run.width {
                 let lanes = (run.width - first).min(S::LANES);
                 let mut tail = [CERTAINLY_NOT; VIRTUAL_LANES];
                 tail[..lanes].copy_from_slice(std::slice::from_raw_parts(row.add(first), lanes));
-                let (loss, gradient) = run.background.evaluate::<S>(modulator, S::load(tail.as_ptr()));
+                let ([loss], [gradient]) = run
+                    .background
+                    .evaluate::<S, 1>(modulator, [S::load(tail.as_ptr())]);
                 S::store_partial(row.add(first), gradient, lanes);
                 let sum = sums.vector(i);
                 *sum = S::add(*sum, loss);
@@ -311,7 +348,7 @@ unsafe fn focal_rows_body<S: Simd>(run: &FocalRun<'_>) -> f64 {
             };
             total += f64::from(loss);
             for &(column, logit) in &taken {
-                let (loss, gradient) = run.positive.evaluate::<S>(run.modulator, S::splat(logit));
+                let ([loss], [gradient]) = run.positive.evaluate::<S, 1>(run.modulator, [S::splat(logit)]);
                 S::store_partial(logits.add(column), gradient, 1);
                 let mut value = 0.0;
                 S::store_partial(&mut value, loss, 1);

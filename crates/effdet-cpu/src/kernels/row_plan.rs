@@ -141,12 +141,20 @@ impl RowPlan {
     }
 
     /// Cuts each group into tasks of about equal size, about `limit` in all and at most one more per group.
+    ///
+    /// A single group gives a multiple of four where it can: of an odd number of equal tasks one thread of two has one more.
     pub(crate) fn tasks(&self, limit: usize) -> Vec<RowTask> {
         let quota = self.blocks.len().div_ceil(limit).max(1);
         let mut tasks = Vec::with_capacity(limit + self.groups.len());
         for (group, blocks) in self.groups.iter().enumerate() {
-            let count = blocks.len().div_ceil(quota);
-            let at = |task| blocks.start + blocks.len() * task / count;
+            let count = match (self.groups.len(), limit.min(blocks.len())) {
+                (1, count) if count > 4 => count / 4 * 4,
+                (1, count) => count,
+                _ => blocks.len().div_ceil(quota),
+            };
+            // The larger tasks first, so that threads that take turns come out even.
+            let (share, larger) = (blocks.len() / count, blocks.len() % count);
+            let at = |task: usize| blocks.start + share * task + larger.min(task);
             tasks.extend((0..count).map(|task| RowTask {
                 blocks: at(task)..at(task + 1),
                 group,
@@ -210,6 +218,16 @@ mod tests {
                 next = task.blocks.end;
             }
             assert_eq!(next, plan.blocks.len());
+        }
+    }
+
+    #[test]
+    fn tasks_of_a_single_group_come_in_fours_with_the_larger_ones_first() {
+        for (blocks, limit, expected) in [(44, 13, 12), (44, 16, 16), (12, 8, 8), (5, 64, 4), (3, 16, 3)] {
+            let tasks = RowPlan::images(1, blocks * BLOCK_ROWS).tasks(limit);
+            assert_eq!(tasks.len(), expected);
+            let sizes: Vec<_> = tasks.iter().map(|task| task.blocks.len()).collect();
+            assert!(sizes.is_sorted_by(|a, b| a >= b) && sizes[0] - sizes[expected - 1] <= 1);
         }
     }
 

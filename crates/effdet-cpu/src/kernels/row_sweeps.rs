@@ -238,7 +238,11 @@ impl<A: Activation, X: Stored, K: Sink> Sweep for Activate<A, X, K> {
             let mut values = [S::zero(); R];
             for (i, value) in values.iter_mut().enumerate() {
                 let raw = load::<S, WHOLE>(self.raw.add((row + i) * self.raw_stride + column), lanes);
-                *value = S::mul(A::value::<S>(S::fma(raw, scale, shift)), gate);
+                *value = S::fma(raw, scale, shift);
+            }
+            values = A::values::<S, R>(values);
+            for value in &mut values {
+                *value = S::mul(*value, gate);
             }
             self.out.put::<S, R>(row, column, values);
         }
@@ -529,13 +533,16 @@ impl<A: Activation, X: Stored, G: Stored, K: Sink> Sweep for ActivateBackward<A,
             for (i, sum) in sums.iter_mut().enumerate() {
                 *sum = S::load(self.sums.add(i * self.sums_stride + column));
             }
-            let mut operand = [S::zero(); R];
-            for (i, operand) in operand.iter_mut().enumerate() {
+            let (mut raws, mut z) = ([S::zero(); R], [S::zero(); R]);
+            for (i, (raw, z)) in raws.iter_mut().zip(&mut z).enumerate() {
+                *raw = load::<S, WHOLE>(self.raw.add((row + i) * self.stride + column), lanes);
+                *z = S::fma(*raw, scale, shift);
+            }
+            let (mut operand, slopes) = A::values_and_slopes::<S, R>(z);
+            for (i, ((act, slope), raw)) in operand.iter_mut().zip(slopes).zip(raws).enumerate() {
                 let row = row + i;
                 let at = row * self.stride + column;
                 let tile = self.tile.add(row * self.tile_stride + column);
-                let raw = load::<S, WHOLE>(self.raw.add(at), lanes);
-                let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
                 let da = S::load(tile);
                 if WHOLE && self.streaming {
                     G::stream::<S>(self.da.add(at), da);
@@ -545,12 +552,12 @@ impl<A: Activation, X: Stored, G: Stored, K: Sink> Sweep for ActivateBackward<A,
                     store::<S, WHOLE>(self.da.add(at), da, lanes);
                 }
                 let through = S::mul(da, slope);
-                sums[0] = S::fma(da, act, sums[0]);
+                sums[0] = S::fma(da, *act, sums[0]);
                 sums[1] = S::add(sums[1], through);
                 sums[2] = S::fma(through, raw, sums[2]);
                 sums[3] = S::add(sums[3], slope);
                 sums[4] = S::fma(slope, raw, sums[4]);
-                *operand = S::mul(act, gate);
+                *act = S::mul(*act, gate);
             }
             self.operand.put::<S, R>(row, column, operand);
             for (i, sum) in sums.into_iter().enumerate() {

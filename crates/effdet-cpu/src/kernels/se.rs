@@ -117,10 +117,14 @@ impl<A: Activation, X: Stored> Sweep for PoolPass<A, X> {
         unsafe {
             let scale = load::<S, WHOLE>(self.scale.add(column), lanes);
             let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
+            let mut z = [S::zero(); R];
+            for (i, z) in z.iter_mut().enumerate() {
+                let raw = load::<S, WHOLE>(self.raw.add((row + i) * self.columns + column), lanes);
+                *z = S::fma(raw, scale, shift);
+            }
             let mut sum = S::load(self.sums.add(column));
-            for row in row..row + R {
-                let raw = load::<S, WHOLE>(self.raw.add(row * self.columns + column), lanes);
-                sum = S::add(sum, A::value::<S>(S::fma(raw, scale, shift)));
+            for value in A::values::<S, R>(z) {
+                sum = S::add(sum, value);
             }
             S::store(self.sums.add(column), sum);
         }

@@ -135,10 +135,9 @@ impl<A: Activation, X: Stored> LineSource for ActivatedLine<A, X> {
             for (i, out) in out.iter_mut().enumerate() {
                 let raw = self.raw.add(first + i * line.pixel_stride);
                 S::prefetch(raw.wrapping_add(line.ahead()).cast());
-                let raw = load::<S, WHOLE>(raw, lanes);
-                *out = A::value::<S>(S::fma(raw, scale, shift));
+                *out = S::fma(load::<S, WHOLE>(raw, lanes), scale, shift);
             }
-            out
+            A::values::<S, P>(out)
         }
     }
 }
@@ -202,15 +201,18 @@ impl<A: Activation, G: Stored, Y: Stored> LineSource for GradientLine<A, G, Y> {
             let offset = load::<S, WHOLE>(self.offset.add(channel), lanes);
             let b = load::<S, WHOLE>(self.b.add(channel), lanes);
             let c = load::<S, WHOLE>(self.c.add(channel), lanes);
-            let mut out = [S::zero(); P];
-            for (i, out) in out.iter_mut().enumerate() {
+            let (mut y, mut z) = ([S::zero(); P], [S::zero(); P]);
+            for (i, (y, z)) in y.iter_mut().zip(&mut z).enumerate() {
                 let at = first + i * line.pixel_stride;
                 S::prefetch(self.y.wrapping_add(at + line.ahead()).cast());
                 S::prefetch(self.da.wrapping_add(at + line.ahead()).cast());
-                let y = load::<S, WHOLE>(self.y.add(at), lanes);
-                let da = load::<S, WHOLE>(self.da.add(at), lanes);
-                let (_, slope) = A::value_and_slope::<S>(S::fma(y, scale, shift));
-                *out = S::fma(slope, S::fma(da, gain, offset), S::fma(y, b, c));
+                *y = load::<S, WHOLE>(self.y.add(at), lanes);
+                *z = S::fma(*y, scale, shift);
+            }
+            let (_, mut out) = A::values_and_slopes::<S, P>(z);
+            for (i, (slope, y)) in out.iter_mut().zip(y).enumerate() {
+                let da = load::<S, WHOLE>(self.da.add(first + i * line.pixel_stride), lanes);
+                *slope = S::fma(*slope, S::fma(da, gain, offset), S::fma(y, b, c));
             }
             out
         }
@@ -238,9 +240,11 @@ pub(super) struct Strip<X> {
     pub target_stride: usize,
 }
 
+/// One vector of P pixels.
 #[inline(always)]
-unsafe fn activate_strip_vector<S: Simd, A: Activation, X: Stored, const WHOLE: bool>(
+unsafe fn activate_pixels<S: Simd, A: Activation, X: Stored, const P: usize, const WHOLE: bool>(
     strip: &Strip<X>,
+    first: usize,
     channel: usize,
     lanes: usize,
 ) {
@@ -248,14 +252,43 @@ unsafe fn activate_strip_vector<S: Simd, A: Activation, X: Stored, const WHOLE: 
     unsafe {
         let scale = load::<S, WHOLE>(strip.scale.add(channel), lanes);
         let shift = load::<S, WHOLE>(strip.shift.add(channel), lanes);
-        for pixel in 0..strip.pixels {
-            let raw = strip.raw.add(pixel * strip.pixel_stride + channel);
+        let mut z = [S::zero(); P];
+        for (i, z) in z.iter_mut().enumerate() {
+            let raw = strip.raw.add((first + i) * strip.pixel_stride + channel);
             S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride).cast());
-            S::prefetch(strip.target.wrapping_add(pixel * strip.target_stride).cast());
-            let raw = load::<S, WHOLE>(raw, lanes);
-            let (act, slope) = A::value_and_slope::<S>(S::fma(raw, scale, shift));
-            S::store(strip.act.add(pixel * LANE_GROUP + channel), act);
-            S::store(strip.slope.add(pixel * LANE_GROUP + channel), slope);
+            S::prefetch(
+                strip
+                    .target
+                    .wrapping_add((first + i) * strip.target_stride)
+                    .cast(),
+            );
+            *z = S::fma(load::<S, WHOLE>(raw, lanes), scale, shift);
+        }
+        let (acts, slopes) = A::values_and_slopes::<S, P>(z);
+        for (i, (act, slope)) in acts.into_iter().zip(slopes).enumerate() {
+            let at = (first + i) * LANE_GROUP + channel;
+            S::store(strip.act.add(at), act);
+            S::store(strip.slope.add(at), slope);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activate_strip_vector<S: Simd, A: Activation, X: Stored, const WHOLE: bool>(
+    strip: &Strip<X>,
+    channel: usize,
+    lanes: usize,
+) {
+    let mut pixel = 0;
+    // SAFETY: inside the strip.
+    unsafe {
+        while pixel + PIXELS <= strip.pixels {
+            activate_pixels::<S, A, X, PIXELS, WHOLE>(strip, pixel, channel, lanes);
+            pixel += PIXELS;
+        }
+        while pixel < strip.pixels {
+            activate_pixels::<S, A, X, 1, WHOLE>(strip, pixel, channel, lanes);
+            pixel += 1;
         }
     }
 }

@@ -112,17 +112,19 @@ pub fn pack(executor: &Executor, packing: Packing, layers: &mut [(&mut PackedWei
         packed.forward.grow(packed.forward_len());
         match packed.products.forward {
             Products::Single => gemm::pack(source, outputs, &mut packed.forward),
-            Products::Bf16Pairs | Products::Bf16Tiles => {
-                gemm::pack_pairs(source, outputs, &mut packed.forward)
-            }
+            // SAFETY: the executor's instruction set is available.
+            Products::Bf16Pairs | Products::Bf16Tiles => unsafe {
+                gemm::pack_pairs(executor.isa(), source, outputs, &mut packed.forward)
+            },
         }
         if packing == Packing::ForwardAndBackward {
             packed.backward.grow(packed.backward_len());
             match packed.products.backward {
                 Products::Single => gemm::pack_transposed(source, outputs, &mut packed.backward),
-                Products::Bf16Pairs | Products::Bf16Tiles => {
-                    gemm::pack_pairs_transposed(source, outputs, &mut packed.backward)
-                }
+                // SAFETY: as above.
+                Products::Bf16Pairs | Products::Bf16Tiles => unsafe {
+                    gemm::pack_pairs_transposed(executor.isa(), source, outputs, &mut packed.backward)
+                },
             }
         }
     });
