@@ -42,6 +42,17 @@ pub struct UpdateReport {
     pub raw_gradient_norm: f32,
 }
 
+/// What is to be made of gradients that were looked through, which [`Optimizer::apply`] does on its way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prepared {
+    /// What the update will do.
+    pub report: UpdateReport,
+    /// Per trained variable, the factor that clips its gradient, L2 term included.
+    factors: Vec<f32>,
+    /// The factor of all gradients that clips the global norm.
+    global_factor: f32,
+}
+
 /// The optimiser with its slots.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Optimizer {
@@ -106,23 +117,27 @@ impl Optimizer {
         self.threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
     }
 
-    /// Variables in groups of about as many values, one per thread, with the values that each group spans.
-    fn groups(&self) -> Vec<(Range<usize>, &[Slot])> {
+    /// Parts of all values, one per thread, with about as many trained ones in each, and the variables in them; frozen variables
+    /// belong to the part that begins before them.
+    fn parts(&self) -> Vec<(Range<usize>, &[Slot])> {
         let total: usize = self.variables.iter().map(|slot| slot.range.len()).sum();
         let share = total
             .div_ceil(parallel::useful_threads(total, self.threads))
             .max(1);
-        let mut groups = Vec::new();
-        let (mut first, mut values) = (0, 0);
+        let mut parts = Vec::new();
+        let (mut begin, mut first, mut values) = (0, 0, 0);
         for (index, slot) in self.variables.iter().enumerate() {
             values += slot.range.len();
-            if values >= share || index + 1 == self.variables.len() {
-                let group = &self.variables[first..=index];
-                groups.push((group[0].range.start..slot.range.end, group));
-                (first, values) = (index + 1, 0);
+            let next = self.variables.get(index + 1);
+            if values >= share
+                && let Some(next) = next
+            {
+                parts.push((begin..next.range.start, &self.variables[first..=index]));
+                (begin, first, values) = (next.range.start, index + 1, 0);
             }
         }
-        groups
+        parts.push((begin..self.first.len(), &self.variables[first..]));
+        parts
     }
 
     /// Number of variables that are trained.
@@ -146,151 +161,253 @@ impl Optimizer {
         }
     }
 
-    /// Adds the L2 gradient, clips each variable, then all together.
+    /// Finds the norms of the gradients and so how to clip each variable, then all together.
     ///
-    /// Per variable `g ← g·c/max(‖g‖, c)`, then the same with the norm over all variables.
-    pub fn prepare(&self, weights: &Weights, gradients: &mut [f32]) -> UpdateReport {
-        let groups = self.groups();
-        let parts = split_mut(gradients, groups.iter().map(|(span, _)| span.clone()));
-        let jobs = groups.iter().zip(parts).collect();
-        let sums = parallel::map(jobs, |((span, group), part)| {
-            let sums = group
-                .iter()
-                .map(|slot| self.clip(slot, weights, part, span.start));
-            sums.collect::<Vec<_>>()
+    /// With the L2 gradient added, `g ← g·c/max(‖g‖, c)` per variable, then the same with the norm over all variables.
+    pub fn prepare(&self, weights: &Weights, gradients: &[f32]) -> Prepared {
+        let of_parts = parallel::map(self.parts(), |(_, slots)| {
+            let norms = slots.iter().map(|slot| self.norms(slot, weights, gradients));
+            norms.collect::<Vec<_>>()
         });
         let (mut l2_sum, mut raw, mut clipped) = (0.0, 0.0, 0.0);
-        for of_variable in sums.iter().flatten() {
-            l2_sum += of_variable.l2;
-            raw += of_variable.raw;
-            clipped += of_variable.clipped;
+        let mut factors = Vec::with_capacity(self.variables.len());
+        for norms in of_parts.iter().flatten() {
+            l2_sum += norms.l2;
+            raw += norms.raw;
+            clipped += norms.clipped;
+            factors.push(norms.factor);
         }
         let mut norm = f64::sqrt(clipped);
+        let mut global_factor = 1.0;
         if self.clip_norm > 0.0 && norm > self.clip_norm {
-            let factor = (self.clip_norm / norm) as f32;
-            let parts = split_mut(gradients, groups.iter().map(|(span, _)| span.clone()));
-            let jobs = groups.iter().zip(parts).collect();
-            parallel::map(jobs, |((span, group), part)| {
-                for slot in *group {
-                    part[within(&slot.range, span.start)]
-                        .iter_mut()
-                        .for_each(|g| *g *= factor);
-                }
-            });
+            global_factor = (self.clip_norm / norm) as f32;
             norm = self.clip_norm;
         }
-        UpdateReport {
-            l2_loss: (0.5 * f64::from(self.weight_decay) * l2_sum) as f32,
-            gradient_norm: norm as f32,
-            raw_gradient_norm: raw.sqrt() as f32,
+        Prepared {
+            report: UpdateReport {
+                l2_loss: (0.5 * f64::from(self.weight_decay) * l2_sum) as f32,
+                gradient_norm: norm as f32,
+                raw_gradient_norm: raw.sqrt() as f32,
+            },
+            factors,
+            global_factor,
         }
     }
 
-    /// Applies prepared gradients; `step` counts the updates before this one.
+    /// Applies prepared gradients and moves the averages of all variables, batch-norm statistics included, in the same sweep, for
+    /// main memory is what it waits for; `step` counts the updates before this one.
     ///
-    /// SGD: `a ← m·a − lr·g; w ← w + a`. Adam: Keras' defaults, β₁ = momentum.
-    pub fn apply(&mut self, weights: &mut Weights, gradients: &[f32], learning_rate: f32, step: u64) {
-        let spans: Vec<_> = self.groups().into_iter().map(|(span, _)| span).collect();
-        let (kind, momentum) = (self.kind, self.momentum);
-        let seconds = match kind {
-            OptimizerKind::Sgd => spans.iter().map(|_| &mut [][..]).collect(),
-            OptimizerKind::Adam => split_mut(&mut self.second, spans.iter().cloned()),
+    /// SGD: `a ← m·a − lr·g; w ← w + a`. Adam: Keras' defaults, β₁ = momentum. Averages, which start at zero:
+    /// `avg ← avg − (1 − d)·(avg − w)` with `d = min(decay, (1 + n)/(10 + n))`, where n counts this update, too.
+    pub fn apply(
+        &mut self,
+        weights: &mut Weights,
+        mut average: Option<&mut Weights>,
+        (gradients, prepared): (&[f32], &Prepared),
+        learning_rate: f32,
+        step: u64,
+    ) {
+        let n = (step + 1) as f64;
+        let correct = |beta: f32| 1.0 - f64::from(beta).powf(n);
+        let rule = Rule {
+            kind: self.kind,
+            momentum: self.momentum,
+            weight_decay: self.weight_decay,
+            learning_rate,
+            adam_rate: (f64::from(learning_rate) * correct(ADAM_BETA_2).sqrt() / correct(self.momentum))
+                as f32,
+            average_rate: (1.0 - self.ema_decay.min((1.0 + n) / (10.0 + n))) as f32,
         };
-        let firsts = split_mut(&mut self.first, spans.iter().cloned());
+        if let Some(average) = &mut average {
+            rule.move_average(&mut average.statistics, &weights.statistics);
+        }
+        let (spans, counts): (Vec<_>, Vec<_>) = (self.parts().into_iter())
+            .map(|(span, slots)| (span, slots.len()))
+            .unzip();
+        let averages = average.map_or(&mut [][..], |average| &mut average.trainable);
         let values = split_mut(&mut weights.trainable, spans.iter().cloned());
-        // Of the variables of each group, frozen ones between them left out.
-        let mut variables = &self.variables[..];
-        let mut jobs = Vec::new();
-        for (((span, values), first), second) in spans.iter().zip(values).zip(firsts).zip(seconds) {
-            let (group, rest) =
-                variables.split_at(variables.partition_point(|slot| slot.range.end <= span.end));
-            variables = rest;
-            jobs.push((span.start, group, values, first, second));
+        let firsts = split_mut(&mut self.first, spans.iter().cloned());
+        let seconds = split_unless_empty(&mut self.second, &spans);
+        let averages = split_unless_empty(averages, &spans);
+        let (mut slots, mut factors) = (&self.variables[..], &prepared.factors[..]);
+        let mut jobs = Vec::with_capacity(spans.len());
+        let buffers = values.into_iter().zip(firsts).zip(seconds).zip(averages);
+        for ((span, count), (((values, first), second), average)) in spans.iter().zip(counts).zip(buffers) {
+            let part = Part {
+                start: span.start,
+                slots: slots.split_off(..count).unwrap_or_default(),
+                factors: factors.split_off(..count).unwrap_or_default(),
+                global_factor: prepared.global_factor,
+                gradients,
+                values,
+                first,
+                second,
+                average,
+            };
+            jobs.push(part);
         }
-        let t = (step + 1) as f64;
-        let correct = |beta: f32| 1.0 - f64::from(beta).powf(t);
-        let rate = (f64::from(learning_rate) * correct(ADAM_BETA_2).sqrt() / correct(momentum)) as f32;
-        parallel::map(jobs, |(start, group, values, first, second)| {
-            for slot in group {
-                let at = within(&slot.range, start);
-                let values = &mut values[at.clone()];
-                let gradient = &gradients[slot.range.clone()];
-                let first = &mut first[at.clone()];
-                match kind {
-                    OptimizerKind::Sgd => {
-                        for ((w, &g), a) in values.iter_mut().zip(gradient).zip(first) {
-                            *a = momentum * *a - learning_rate * g;
-                            *w += *a;
-                        }
-                    }
-                    OptimizerKind::Adam => {
-                        let second = &mut second[at];
-                        for (((w, &g), m), v) in values.iter_mut().zip(gradient).zip(first).zip(second) {
-                            *m += (1.0 - momentum) * (g - *m);
-                            *v += (1.0 - ADAM_BETA_2) * (g * g - *v);
-                            *w -= rate * *m / (v.sqrt() + ADAM_EPSILON);
-                        }
-                    }
-                }
-            }
-        });
+        parallel::map(jobs, |part| part.update(&rule));
     }
 
-    /// Moves the averages of all variables, batch-norm statistics included; `step` counts the updates made, this one included.
-    ///
-    /// `avg ← avg − (1 − d)·(avg − w)` with `d = min(decay, (1 + n)/(10 + n))`; averages start at zero.
-    pub fn average(&self, average: &mut Weights, weights: &Weights, step: u64) {
-        let n = step as f64;
-        let rate = (1.0 - self.ema_decay.min((1.0 + n) / (10.0 + n))) as f32;
-        for (averages, values) in [
-            (&mut average.trainable, &weights.trainable),
-            (&mut average.statistics, &weights.statistics),
-        ] {
-            let part = values
-                .len()
-                .div_ceil(parallel::useful_threads(values.len(), self.threads))
-                .max(1);
-            let jobs = averages.chunks_mut(part).zip(values.chunks(part)).collect();
-            parallel::map(jobs, |(averages, values)| {
-                for (a, &w) in averages.iter_mut().zip(values) {
-                    *a -= rate * (*a - w);
-                }
-            });
-        }
-    }
-}
-
-impl Optimizer {
-    /// Adds the L2 gradient of a variable to its gradient and clips that; `gradients` begin at value `start`.
-    fn clip(&self, slot: &Slot, weights: &Weights, gradients: &mut [f32], start: usize) -> VariableSums {
-        let values = &weights.trainable[slot.range.clone()];
-        let gradient = &mut gradients[within(&slot.range, start)];
-        let mut l2 = 0.0;
-        if slot.regularized {
-            for (g, &w) in gradient.iter_mut().zip(values) {
-                *g += self.weight_decay * w;
-            }
-            l2 = sum_of_squares(values);
-        }
-        let raw = sum_of_squares(gradient);
-        let clipped = match self.clip_norm > 0.0 {
-            true => scale_to(gradient, raw.sqrt(), self.clip_norm),
-            false => raw,
+    /// The norms of a variable, and the factor that clips it.
+    fn norms(&self, slot: &Slot, weights: &Weights, gradients: &[f32]) -> Norms {
+        let (gradient, values) = (
+            &gradients[slot.range.clone()],
+            &weights.trainable[slot.range.clone()],
+        );
+        let decay = self.weight_decay;
+        let squares = |factor: f32| match slot.regularized {
+            true => sum_of_squares(gradient, values, |g, w| (g + decay * w) * factor),
+            false => sum_of_squares(gradient, gradient, |g, _| g * factor),
         };
-        VariableSums { l2, raw, clipped }
+        let l2 = match slot.regularized {
+            true => sum_of_squares(values, values, |w, _| w),
+            false => 0.0,
+        };
+        let raw = squares(1.0);
+        let norm = raw.sqrt();
+        let (factor, clipped) = if self.clip_norm <= 0.0 {
+            (1.0, raw)
+        } else if norm > self.clip_norm {
+            // An infinite norm makes all of it NaN, which the caller's check finds; a NaN norm is not above the limit.
+            let factor = (self.clip_norm / norm) as f32;
+            (factor, squares(factor))
+        } else {
+            (1.0, norm * norm)
+        };
+        Norms {
+            l2,
+            raw,
+            clipped,
+            factor,
+        }
     }
 }
 
 /// Squares of the norms of a variable: of its weights where these are regularised, of its gradient before and after clipping.
-struct VariableSums {
+struct Norms {
     l2: f64,
     raw: f64,
     clipped: f64,
+    /// What clips the gradient.
+    factor: f32,
 }
 
-/// A range of values as indices from value `start` on.
-fn within(range: &Range<usize>, start: usize) -> Range<usize> {
-    range.start - start..range.end - start
+/// Σ f(a, b)², value i in lane i mod 16, the lanes then in order: independent sums instead of one chain of additions.
+fn sum_of_squares(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f64 {
+    let mut lanes = [0.0; 16];
+    let add = |lane: &mut f64, a: f32, b: f32| {
+        let value = f64::from(f(a, b));
+        *lane += value * value;
+    };
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (a, b) in a.iter().zip(b) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            add(lane, a, b);
+        }
+    }
+    for ((lane, &a), &b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+        add(lane, a, b);
+    }
+    lanes.iter().sum()
+}
+
+/// The numbers of one update.
+struct Rule {
+    kind: OptimizerKind,
+    momentum: f32,
+    weight_decay: f32,
+    learning_rate: f32,
+    /// The learning rate with Adam's corrections of its first steps.
+    adam_rate: f32,
+    /// 1 − d of the averages.
+    average_rate: f32,
+}
+
+impl Rule {
+    fn move_average(&self, averages: &mut [f32], values: &[f32]) {
+        for (a, &w) in averages.iter_mut().zip(values) {
+            *a -= self.average_rate * (*a - w);
+        }
+    }
+}
+
+/// Values that one thread updates, those of frozen variables among them.
+struct Part<'a> {
+    /// Index of the first one.
+    start: usize,
+    slots: &'a [Slot],
+    /// Of the gradient of each slot.
+    factors: &'a [f32],
+    global_factor: f32,
+    /// Of all variables.
+    gradients: &'a [f32],
+    values: &'a mut [f32],
+    first: &'a mut [f32],
+    /// Empty with SGD.
+    second: &'a mut [f32],
+    /// Empty where no averages are kept.
+    average: &'a mut [f32],
+}
+
+/// Values that are updated and then averaged while the L1 cache has them.
+const CHUNK: usize = 1024;
+
+impl Part<'_> {
+    fn update(mut self, rule: &Rule) {
+        let (mut done, global_factor) = (0, self.global_factor);
+        for (slot, &factor) in self.slots.iter().zip(self.factors) {
+            let (begin, end) = (slot.range.start - self.start, slot.range.end - self.start);
+            self.move_average(rule, done..begin);
+            let decay = if slot.regularized { rule.weight_decay } else { 0.0 };
+            for at in (begin..end).step_by(CHUNK) {
+                let range = at..(at + CHUNK).min(end);
+                self.step(rule, range.clone(), |g, w| {
+                    (g + decay * w) * factor * global_factor
+                });
+                self.move_average(rule, range);
+            }
+            done = end;
+        }
+        self.move_average(rule, done..self.values.len());
+    }
+
+    fn move_average(&mut self, rule: &Rule, range: Range<usize>) {
+        let averages = self.average.get_mut(range.clone()).unwrap_or_default();
+        rule.move_average(averages, &self.values[range]);
+    }
+
+    /// Updates some values of a variable; `prepared` makes of a gradient and its weight what is applied.
+    fn step(&mut self, rule: &Rule, range: Range<usize>, prepared: impl Fn(f32, f32) -> f32) {
+        let gradients = &self.gradients[self.start + range.start..self.start + range.end];
+        let first = &mut self.first[range.clone()];
+        let values = &mut self.values[range.clone()];
+        match rule.kind {
+            OptimizerKind::Sgd => {
+                for ((w, &g), a) in values.iter_mut().zip(gradients).zip(first) {
+                    *a = rule.momentum * *a - rule.learning_rate * prepared(g, *w);
+                    *w += *a;
+                }
+            }
+            OptimizerKind::Adam => {
+                let second = &mut self.second[range];
+                for (((w, &g), m), v) in values.iter_mut().zip(gradients).zip(first).zip(second) {
+                    let g = prepared(g, *w);
+                    *m += (1.0 - rule.momentum) * (g - *m);
+                    *v += (1.0 - ADAM_BETA_2) * (g * g - *v);
+                    *w -= rule.adam_rate * *m / (v.sqrt() + ADAM_EPSILON);
+                }
+            }
+        }
+    }
+}
+
+/// The parts of `values` at `spans`, empty ones of none.
+fn split_unless_empty<'a>(values: &'a mut [f32], spans: &[Range<usize>]) -> Vec<&'a mut [f32]> {
+    match values.is_empty() {
+        true => spans.iter().map(|_| &mut [][..]).collect(),
+        false => split_mut(values, spans.iter().cloned()),
+    }
 }
 
 /// Compiles a freeze pattern with the meaning of Python's `re.match`.
@@ -303,32 +420,6 @@ fn freeze_pattern(pattern: &str) -> Result<Regex, FreezePatternError> {
         .size_limit(1 << 20)
         .build()
         .map_err(|e| error(e.to_string()))
-}
-
-/// Scales a gradient of norm `norm` so that all of it has at most `limit`; gives the square of its new norm.
-fn scale_to(gradient: &mut [f32], norm: f64, limit: f64) -> f64 {
-    if norm <= limit {
-        return norm * norm;
-    }
-    // A NaN norm is not above the limit; an infinite one turns the gradient into NaN, which the caller's check finds.
-    let factor = (limit / norm) as f32;
-    gradient.iter_mut().for_each(|g| *g *= factor);
-    sum_of_squares(gradient)
-}
-
-/// Σ v², value i in lane i mod 16, the lanes then in order: independent sums instead of one chain of additions.
-fn sum_of_squares(values: &[f32]) -> f64 {
-    let (chunks, rest) = values.as_chunks::<16>();
-    let mut lanes = [0.0; 16];
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += f64::from(value) * f64::from(value);
-    }
-    lanes.iter().sum()
 }
 
 #[cfg(test)]
@@ -348,12 +439,25 @@ mod tests {
         Optimizer::new(&hparams, &network.variables).unwrap()
     }
 
+    /// Prepares and applies; what of the gradients was applied is, at rate 1 from rest, the momentum's negative.
+    fn update(
+        optimizer: &mut Optimizer,
+        weights: &mut Weights,
+        gradients: &[f32],
+        rate: f32,
+        step: u64,
+    ) -> UpdateReport {
+        let prepared = optimizer.prepare(weights, gradients);
+        optimizer.apply(weights, None, (gradients, &prepared), rate, step);
+        prepared.report
+    }
+
     #[test]
     fn the_sum_of_squares_misses_no_value_at_any_length() {
         for len in 0..50 {
             let values: Vec<f32> = (1..=len).map(|i| i as f32).collect();
             let expected = len * (len + 1) * (2 * len + 1) / 6;
-            assert_eq!(sum_of_squares(&values), f64::from(expected));
+            assert_eq!(sum_of_squares(&values, &values, |v, _| v), f64::from(expected));
         }
     }
 
@@ -371,12 +475,18 @@ mod tests {
                 let mut average = weights.clone();
                 let mut reports = Vec::new();
                 for step in 0..3 {
-                    let mut gradients: Vec<f32> = (0..weights.trainable.len())
+                    let gradients: Vec<f32> = (0..weights.trainable.len())
                         .map(|i| ((i * 7 + step as usize) % 1013) as f32 * 1e-3 - 0.4)
                         .collect();
-                    reports.push(optimizer.prepare(&weights, &mut gradients));
-                    optimizer.apply(&mut weights, &gradients, 0.01, step);
-                    optimizer.average(&mut average, &weights, step);
+                    let prepared = optimizer.prepare(&weights, &gradients);
+                    optimizer.apply(
+                        &mut weights,
+                        Some(&mut average),
+                        (&gradients, &prepared),
+                        0.01,
+                        step,
+                    );
+                    reports.push(prepared.report);
                 }
                 (weights, average, reports, optimizer.slots()[0].1.to_vec())
             };
@@ -390,12 +500,14 @@ mod tests {
     #[test]
     fn three_sgd_steps_follow_the_formula() {
         let network = network();
-        let mut sgd = optimizer(&network, |h| h.momentum = 0.5);
+        let mut sgd = optimizer(&network, |h| {
+            (h.momentum, h.weight_decay, h.clip_gradients_norm) = (0.5, 0.0, 0.0);
+        });
         let mut weights = Weights::zeros(&network.variables);
         let gradients = vec![1.0; weights.trainable.len()];
         let mut expected = (0.0f32, 0.0f32);
         for step in 0..3 {
-            sgd.apply(&mut weights, &gradients, 0.25, step);
+            update(&mut sgd, &mut weights, &gradients, 0.25, step);
             expected.0 = 0.5 * expected.0 - 0.25;
             expected.1 += expected.0;
             assert!(weights.trainable.iter().all(|&w| w == expected.1));
@@ -406,18 +518,20 @@ mod tests {
     #[test]
     fn adam_moves_by_the_learning_rate_at_first() {
         let network = network();
-        let mut adam = optimizer(&network, |h| h.optimizer = OptimizerKind::Adam);
+        let mut adam = optimizer(&network, |h| {
+            (h.optimizer, h.clip_gradients_norm) = (OptimizerKind::Adam, 0.0);
+        });
         let mut weights = Weights::zeros(&network.variables);
         let gradients = vec![3.0; weights.trainable.len()];
-        adam.apply(&mut weights, &gradients, 0.01, 0);
+        update(&mut adam, &mut weights, &gradients, 0.01, 0);
         assert!(weights.trainable.iter().all(|&w| (w + 0.01).abs() < 1e-5));
     }
 
     #[test]
     fn each_variable_is_clipped_before_all_together() {
         let network = network();
-        let sgd = optimizer(&network, |h| h.weight_decay = 0.0);
-        let weights = Weights::zeros(&network.variables);
+        let mut sgd = optimizer(&network, |h| h.weight_decay = 0.0);
+        let mut weights = Weights::zeros(&network.variables);
         let mut gradients = vec![0.0; weights.trainable.len()];
         let variables: Vec<_> = network
             .variables
@@ -427,11 +541,12 @@ mod tests {
             .collect();
         gradients[variables[0].offset] = 300.0;
         gradients[variables[1].offset] = 10.0;
-        let report = sgd.prepare(&weights, &mut gradients);
+        let report = update(&mut sgd, &mut weights, &gradients, 1.0, 0);
+        let applied: Vec<f32> = sgd.slots()[0].1.iter().map(|a| -a).collect();
         // 300 → 10 on its own; then √(10² + 10²) → 10 together.
         let expected = 10.0 / 2f32.sqrt();
-        assert!((gradients[variables[0].offset] - expected).abs() < 1e-5);
-        assert!((gradients[variables[1].offset] - expected).abs() < 1e-5);
+        assert!((applied[variables[0].offset] - expected).abs() < 1e-5);
+        assert!((applied[variables[1].offset] - expected).abs() < 1e-5);
         assert!((report.gradient_norm - 10.0).abs() < 1e-5);
         assert!((report.raw_gradient_norm - 90100f32.sqrt()).abs() < 1e-2);
     }
@@ -439,11 +554,11 @@ mod tests {
     #[test]
     fn the_l2_term_concerns_kernels_only() {
         let network = network();
-        let sgd = optimizer(&network, |h| h.weight_decay = 0.1);
+        let mut sgd = optimizer(&network, |h| h.weight_decay = 0.1);
         let mut weights = Weights::zeros(&network.variables);
         weights.trainable.fill(1.0);
-        let mut gradients = vec![0.0; weights.trainable.len()];
-        let report = sgd.prepare(&weights, &mut gradients);
+        let gradients = vec![0.0; weights.trainable.len()];
+        let report = update(&mut sgd, &mut weights, &gradients, 1.0, 0);
         let kernels: usize = network
             .variables
             .iter()
@@ -457,7 +572,7 @@ mod tests {
             .filter(|v| v.kind == VariableKind::Trainable)
         {
             assert_eq!(
-                gradients[variable.offset] != 0.0,
+                sgd.slots()[0].1[variable.offset] != 0.0,
                 variable.is_regularized(),
                 "{}",
                 variable.name
@@ -471,9 +586,8 @@ mod tests {
         let mut sgd = optimizer(&network, |h| h.var_freeze_expr = Some("(stem|stack_)".into()));
         let mut weights = Weights::zeros(&network.variables);
         weights.trainable.fill(1.0);
-        let mut gradients = vec![1.0; weights.trainable.len()];
-        sgd.prepare(&weights, &mut gradients);
-        sgd.apply(&mut weights, &gradients, 1.0, 0);
+        let gradients = vec![1.0; weights.trainable.len()];
+        update(&mut sgd, &mut weights, &gradients, 1.0, 0);
         for variable in network
             .variables
             .iter()
@@ -507,18 +621,29 @@ mod tests {
     #[test]
     fn averages_ramp_up_from_zero() {
         let network = network();
-        let sgd = optimizer(&network, |_| ());
+        let mut sgd = optimizer(&network, |h| h.var_freeze_expr = Some("(stem|box_net)".into()));
         let mut weights = Weights::zeros(&network.variables);
         weights.trainable.fill(1.0);
         weights.statistics.fill(2.0);
+        let gradients = vec![0.0; weights.trainable.len()];
         let mut average = Weights::zeros(&network.variables);
         let mut expected = 0.0f64;
         for n in 1..=3u64 {
-            sgd.average(&mut average, &weights, n);
+            let prepared = sgd.prepare(&weights, &gradients);
+            sgd.apply(
+                &mut weights,
+                Some(&mut average),
+                (&gradients, &prepared),
+                0.0,
+                n - 1,
+            );
             let decay = (1.0 + n as f64) / (10.0 + n as f64);
             expected -= (1.0 - decay) * (expected - 1.0);
-            assert!((f64::from(average.trainable[0]) - expected).abs() < 1e-6);
-            assert!((f64::from(average.statistics[0]) - 2.0 * expected).abs() < 1e-6);
+            let near = |average: &[f32], expected: f64| {
+                average.iter().all(|&a| (f64::from(a) - expected).abs() < 1e-6)
+            };
+            assert!(near(&average.trainable, expected), "frozen variables, too");
+            assert!(near(&average.statistics, 2.0 * expected));
         }
     }
 }

@@ -55,14 +55,16 @@ fn three_updates_are_those_of_the_reference() {
         let losses = engine
             .train_step(&mut state.weights, &batch, &options, &mut gradients)
             .unwrap();
-        let report = state.optimizer.prepare(&state.weights, &mut gradients);
+        let prepared = state.optimizer.prepare(&state.weights, &gradients);
+        let report = prepared.report;
         let learning_rate = schedule.at(step as u64);
-        state
-            .optimizer
-            .apply(&mut state.weights, &gradients, learning_rate, step as u64);
-        state
-            .optimizer
-            .average(&mut average, &state.weights, step as u64 + 1);
+        state.optimizer.apply(
+            &mut state.weights,
+            Some(&mut average),
+            (&gradients, &prepared),
+            learning_rate,
+            step as u64,
+        );
 
         for (key, actual) in [
             ("reg_l2_loss", report.l2_loss),

@@ -42,6 +42,8 @@ pub struct Executor {
 pub(crate) struct Workspace {
     floats: AlignedBuf,
     totals: Vec<f64>,
+    /// Never written.
+    zeros: AlignedBuf,
 }
 
 impl Workspace {
@@ -57,6 +59,13 @@ impl Workspace {
     /// `len` totals, whatever they hold.
     pub(crate) fn totals(&mut self, len: usize) -> &mut [f64] {
         self.both(0, len).1
+    }
+
+    /// `totals` totals, whatever they hold, and `zeros` zeros.
+    pub(crate) fn totals_and_zeros(&mut self, totals: usize, zeros: usize) -> (&mut [f64], &[f32]) {
+        self.zeros.grow(zeros);
+        self.both(0, totals);
+        (&mut self.totals[..totals], &self.zeros[..zeros])
     }
 }
 

@@ -156,7 +156,8 @@ impl Trainer<'_> {
         if loss_scale != 1.0 {
             gradients.iter_mut().for_each(|g| *g /= loss_scale);
         }
-        let update = state.optimizer.prepare(&state.weights, gradients);
+        let prepared = state.optimizer.prepare(&state.weights, gradients);
+        let update = prepared.report;
         let learning_rate = self.schedule.at(self.scheduled(state.step));
         let record = StepRecord {
             step: state.step + 1,
@@ -219,14 +220,15 @@ impl Trainer<'_> {
         if let Some(batch) = suspect {
             loader.recycle(batch);
         }
-        state
-            .optimizer
-            .apply(&mut state.weights, gradients, learning_rate, state.step);
+        state.optimizer.apply(
+            &mut state.weights,
+            state.average.as_mut(),
+            (gradients, &prepared),
+            learning_rate,
+            state.step,
+        );
         state.step += 1;
         state.sample_position = position;
-        if let Some(average) = &mut state.average {
-            state.optimizer.average(average, &state.weights, state.step);
-        }
         if let Some(loss_scale) = &mut state.loss_scale {
             loss_scale.applied();
         }

@@ -101,25 +101,28 @@ fn forward_parts<X: Stored, Y: Stored, const K: usize, const ST: usize>(
     let (with_sums, y) = (sums.is_some(), SharedPtr::new(y));
     let most_channels = plan.most_lane_groups() * LANE_GROUP;
     let mut workspace = executor.workspace();
-    let totals = workspace.totals(plan.output_tasks.len() * 2 * most_channels);
+    // Columns that a part reads; a line buffer holds these, the padding included.
+    let line_pixels = |tile: &Part| (tile.width - 1) * ST + K;
+    // An odd number of cache lines, so that lane groups spread over all sets of a cache.
+    let group_stride = |tile: &Part| (line_pixels(tile) | 1) * LANE_GROUP;
+    let line_len = |tile: &Part| tile.lane_groups() * group_stride(tile);
+    let longest_line = plan.output_tasks.iter().map(line_len).max().unwrap_or(0);
+    let totals_len = plan.output_tasks.len() * 2 * most_channels;
+    let (totals, zeros) = workspace.totals_and_zeros(totals_len, longest_line);
     let task_totals = SharedPtr::new(totals);
 
     pool.run(plan.output_tasks.len(), &|task, worker| {
         let tile = &plan.output_tasks[task];
         let map = &plan.maps[tile.map];
         let groups = tile.lane_groups();
-        // Columns that the part reads; a line buffer holds these, the padding included.
-        let line_pixels = (tile.width - 1) * ST + K;
+        let (line_pixels, group_stride, line_len) = (line_pixels(tile), group_stride(tile), line_len(tile));
         let first = (tile.left * ST) as isize - map.pad_left as isize;
         let from = first.max(0) as usize;
         let to = ((first + line_pixels as isize) as usize).min(map.input.width);
         let margins = ((from as isize - first) as usize, (to as isize - first) as usize);
-        // An odd number of cache lines, so that lane groups spread over all sets of a cache.
-        let group_stride = (line_pixels | 1) * LANE_GROUP;
-        let line_len = groups * group_stride;
         let sums_stride = groups * LANE_GROUP;
         let staging_len = STRIP_PIXELS * LANE_GROUP;
-        let scratch_len = (K + 1) * Bump::room(line_len)
+        let scratch_len = K * Bump::room(line_len)
             + Bump::room(K * K * sums_stride)
             + Bump::room(2 * sums_stride)
             + Bump::room(staging_len);
@@ -131,7 +134,6 @@ fn forward_parts<X: Stored, Y: Stored, const K: usize, const ST: usize>(
             )
         };
         let ring: [_; K] = std::array::from_fn(|_| scratch.take(line_len));
-        let zeros = scratch.take_zeroed(line_len);
         let packed = scratch.take_zeroed(K * K * sums_stride);
         let line_sums = scratch.take_zeroed(2 * sums_stride);
         let staging = scratch.take(staging_len);
@@ -168,11 +170,10 @@ fn forward_parts<X: Stored, Y: Stored, const K: usize, const ST: usize>(
                     lines: std::array::from_fn(|ky| {
                         let iy = first_line + ky as isize;
                         if (0..map.input.height as isize).contains(&iy) {
-                            ring[iy as usize % K]
+                            ring[iy as usize % K].cast_const()
                         } else {
-                            zeros
+                            zeros.as_ptr()
                         }
-                        .cast_const()
                     }),
                     group_stride,
                     pixels: tile.width,
@@ -616,21 +617,25 @@ fn backward_parts<X: Stored, GX: Stored, G: Stored, Y: Stored, const K: usize, c
     if let Some(sums) = sums {
         reduce_totals(&plan.input_tasks, totals, most_channels, channels, sums);
     }
-    dw.fill(0.0);
-    for (tile, partial) in plan.input_tasks.iter().zip(partials.chunks_exact(dw_stride)) {
-        for (group, partial) in partial
-            .chunks_exact(K * K * LANE_GROUP)
-            .take(tile.lane_groups())
-            .enumerate()
-        {
-            let channel = tile.channel + group * LANE_GROUP;
-            let width = LANE_GROUP.min(channels - channel);
-            for (tap, partial) in partial.chunks_exact(LANE_GROUP).enumerate() {
-                let dw = &mut dw[tap * channels + channel..][..width];
-                for (dw, partial) in dw.iter_mut().zip(partial) {
-                    *dw += partial;
+    let partials = &partials[..];
+    let dw = SharedPtr::new(dw);
+    pool.run(channels.div_ceil(LANE_GROUP), &|group, _| {
+        let channel = group * LANE_GROUP;
+        let mut sums = [[[0.0; LANE_GROUP]; K]; K];
+        for (tile, partial) in plan.input_tasks.iter().zip(partials.chunks_exact(dw_stride)) {
+            if (tile.channel..tile.channel + tile.channels).contains(&channel) {
+                let first = (channel - tile.channel) * K * K;
+                let values = sums.as_flattened_mut().as_flattened_mut();
+                for (sum, value) in values.iter_mut().zip(&partial[first..]) {
+                    *sum += value;
                 }
             }
         }
-    }
+        let width = LANE_GROUP.min(channels - channel);
+        for (tap, sums) in sums.as_flattened().iter().enumerate() {
+            // SAFETY: taps of this lane group, which belong to this task.
+            let dw = unsafe { std::slice::from_raw_parts_mut(dw.get().add(tap * channels + channel), width) };
+            dw.copy_from_slice(&sums[..width]);
+        }
+    });
 }

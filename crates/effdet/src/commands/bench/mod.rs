@@ -180,15 +180,16 @@ fn time_training(
             &StepOptions::default(),
             &mut gradients,
         )?;
-        optimizer.prepare(&weights, &mut gradients);
+        let prepared = optimizer.prepare(&weights, &gradients);
+        let learning_rate = network.hparams.lr_warmup_init as f32;
         optimizer.apply(
             &mut weights,
-            &gradients,
-            network.hparams.lr_warmup_init as f32,
+            Some(&mut average),
+            (&gradients, &prepared),
+            learning_rate,
             step,
         );
         step += 1;
-        optimizer.average(&mut average, &weights, step);
         Ok(())
     })?;
     let memory = engine.training_memory(options.batch_size);
