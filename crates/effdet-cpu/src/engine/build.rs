@@ -57,8 +57,19 @@ pub(super) struct Beside {
 
 impl Beside {
     pub(super) fn pointwise(&mut self, weights: &PackedWeights, rows: &RowPlan) {
+        self.pointwise_in_parts(weights, [rows].into_iter());
+    }
+
+    /// A 1×1 convolution that works on the rows of one plan after the other.
+    pub(super) fn pointwise_in_parts<'a>(
+        &mut self,
+        weights: &PackedWeights,
+        parts: impl Iterator<Item = &'a RowPlan>,
+    ) {
         self.packed_weight_bytes += weights.bytes();
-        self.partial_bytes = self.partial_bytes.max(weights.partial_bytes(rows));
+        for rows in parts {
+            self.partial_bytes = self.partial_bytes.max(weights.partial_bytes(rows));
+        }
     }
 
     pub(super) fn depthwise(&mut self, plan: &DepthwisePlan) {

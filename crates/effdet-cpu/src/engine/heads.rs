@@ -2,6 +2,8 @@
 //!
 //! All levels are one batch of rows, `[level][image][cell][channels]`.
 
+use std::ops::Range;
+
 use effdet_model::network::{Head, Level, Network};
 
 use super::batch_norm::BatchNormState;
@@ -50,7 +52,24 @@ pub(super) struct HeadState {
     predict: PackedWeights,
     /// Values from one row of outputs to the next.
     stride: usize,
+    /// All rows of the outputs, in parts; more than one in training passes only.
+    parts: Vec<OutputPart>,
 }
+
+/// Maps whose outputs are predicted, judged and led back before those of the next part take their place.
+///
+/// Class outputs are the largest tensor that a step makes; in parts they take little memory, whatever the batch.
+#[derive(Debug)]
+struct OutputPart {
+    /// As level · images + image.
+    maps: Range<usize>,
+    rows: Range<usize>,
+    plan: RowPlan,
+}
+
+/// Bytes of a part of the outputs at most, unless a map alone takes more. Weight gradients are added up part by part, which at half
+/// the size costs more time than caches save.
+const PART_BYTES: usize = 32 << 20;
 
 #[derive(Debug)]
 struct LayerState {
@@ -81,9 +100,44 @@ struct Buffers {
     scratch: [AlignedBuf; 3],
 }
 
+impl OutputPart {
+    /// All maps of `cells` rows and `row_bytes` each, in parts if wanted.
+    fn cut(cells: &[usize], images: usize, row_bytes: usize, in_parts: bool) -> Vec<Self> {
+        let limit = if in_parts {
+            PART_BYTES / row_bytes
+        } else {
+            usize::MAX
+        };
+        let mut parts: Vec<(Range<usize>, Range<usize>)> = Vec::new();
+        let mut end = 0;
+        for (map, &rows) in cells.iter().flat_map(|cells| vec![cells; images]).enumerate() {
+            let begin = end;
+            end += rows;
+            match parts.last_mut() {
+                Some((maps, rows)) if end - rows.start <= limit => (maps.end, rows.end) = (map + 1, end),
+                _ => parts.push((map..map + 1, begin..end)),
+            }
+        }
+        (parts.into_iter())
+            .map(|(maps, rows)| Self {
+                plan: RowPlan::images(1, rows.len()),
+                maps,
+                rows,
+            })
+            .collect()
+    }
+
+    /// The part's values of a tensor with rows of `channels`.
+    fn values(&self, channels: usize) -> Range<usize> {
+        self.rows.start * channels..self.rows.end * channels
+    }
+}
+
 impl HeadState {
-    fn new(layer: &Head, context: &BuildContext<'_>) -> Self {
+    fn new(layer: &Head, cells: &[usize], context: &BuildContext<'_>) -> Self {
         let outputs = layer.predict.pointwise.out_channels;
+        let stride = outputs.next_multiple_of(16);
+        let row_bytes = stride * size_of::<f32>();
         Self {
             layers: (layer.layers.iter())
                 .map(|l| LayerState {
@@ -93,9 +147,16 @@ impl HeadState {
                 })
                 .collect(),
             predict: context.weights(layer.predict.pointwise.in_channels, outputs),
-            stride: outputs.next_multiple_of(16),
+            stride,
+            parts: OutputPart::cut(cells, context.images, row_bytes, context.keep.training()),
             layer: layer.clone(),
         }
+    }
+
+    /// Values of the largest part.
+    fn outputs_len(&self) -> usize {
+        let rows = self.parts.iter().map(|part| part.rows.len()).max();
+        rows.unwrap_or(0) * self.stride
     }
 
     fn pack_into<'a>(&'a mut self, pass: &Pass<'a>, list: &mut Vec<(&'a mut PackedWeights, &'a [f32])>) {
@@ -118,8 +179,8 @@ impl Heads {
         let rows = RowPlan::levels(images, &cells);
         let len = rows.rows() * filters;
         let repeats = network.class_head.layers.len();
-        let class = HeadState::new(&network.class_head, context);
-        let boxes = HeadState::new(&network.box_head, context);
+        let class = HeadState::new(&network.class_head, &cells, context);
+        let boxes = HeadState::new(&network.box_head, &cells, context);
         let residual = network.hparams.survival_prob.map(|p| p as f32);
         let steps = context.timeline.span(Step::ClassHead, Step::BoxHead);
         let mut several = |owner, count: usize, len: usize| -> Vec<AlignedBuf> {
@@ -128,7 +189,7 @@ impl Heads {
                 .collect()
         };
         let finished = if residual.is_some() { repeats } else { 0 };
-        let outputs_len = rows.rows() * class.stride.max(boxes.stride);
+        let outputs_len = class.outputs_len().max(boxes.outputs_len());
         let buffers = Buffers {
             images,
             backbone_layers: network.blocks.len() as u64,
@@ -158,7 +219,8 @@ impl Heads {
             for layer in &head.layers {
                 estimate.pointwise(&layer.weights, &self.buffers.rows);
             }
-            estimate.pointwise(&head.predict, &self.buffers.rows);
+            let plans = head.parts.iter().map(|part| &part.plan);
+            estimate.pointwise_in_parts(&head.predict, plans);
         }
         estimate.depthwise(&self.buffers.depthwise);
     }
@@ -176,67 +238,83 @@ impl Heads {
         pointwise::pack(pass.executor, packing, &mut layers);
     }
 
-    fn split(&mut self, which: Which) -> (&mut HeadState, &mut Buffers) {
-        match which {
-            Which::Class => (&mut self.class, &mut self.buffers),
-            Which::Box => (&mut self.boxes, &mut self.buffers),
+    /// Runs a head without a backward pass; its outputs stay until the next head runs.
+    pub(super) fn forward(&mut self, pass: &mut Pass<'_>, which: Which, input: &[f32]) {
+        let (head, buffers) = self.enter(pass, which, input);
+        for part in &head.parts {
+            buffers.predict(pass, head, part);
         }
     }
 
-    /// Runs a head; its outputs stay in [`Self::outputs`] until the next head runs.
-    pub(super) fn forward(&mut self, pass: &mut Pass<'_>, which: Which, input: &[f32]) {
+    /// Runs a head forward and backward; writes or adds the gradient by the input.
+    ///
+    /// `loss` gets the outputs of some maps at a time, gives their loss and leaves its gradient in their place. The sum of the
+    /// losses is returned.
+    pub(super) fn train(
+        &mut self,
+        pass: &mut Pass<'_>,
+        which: Which,
+        (input, input_gradient): (&[f32], &mut AlignedBuf),
+        accumulate: bool,
+        gradients: &mut Gradients<'_>,
+        mut loss: impl FnMut(&mut [f32], HeadRows<'_>) -> f64,
+    ) -> f64 {
+        let (head, buffers) = self.enter(pass, which, input);
+        let mut sum = 0.0;
+        for (index, part) in head.parts.iter().enumerate() {
+            buffers.predict(pass, head, part);
+            let outputs = &mut buffers.outputs[..part.rows.len() * head.stride];
+            let rows = head_rows(head, &buffers.cells, buffers.images, part.maps.clone());
+            sum += loss(outputs, rows);
+            buffers.predict_backward(pass, head, (part, index > 0), gradients);
+        }
+        buffers.backward(pass, head, input, input_gradient, accumulate, gradients);
+        sum
+    }
+
+    /// Runs a head up to where it predicts.
+    fn enter(&mut self, pass: &mut Pass<'_>, which: Which, input: &[f32]) -> (&mut HeadState, &mut Buffers) {
         pass.enter(which.step());
-        let (head, buffers) = self.split(which);
+        let (head, buffers) = match which {
+            Which::Class => (&mut self.class, &mut self.buffers),
+            Which::Box => (&mut self.boxes, &mut self.buffers),
+        };
         let of_a_head = (buffers.cells.len() * head.layers.len()) as u64;
         let first_number = buffers.backbone_layers + if which == Which::Box { of_a_head } else { 0 };
         buffers.forward(pass, head, first_number, input);
+        (head, buffers)
     }
 
-    /// Runs a head backward from the gradients in [`Self::outputs`]; writes or adds the gradient by the input.
-    pub(super) fn backward(
-        &mut self,
-        pass: &Pass<'_>,
-        which: Which,
-        input: &[f32],
-        input_gradient: &mut [f32],
-        accumulate: bool,
-        gradients: &mut Gradients<'_>,
-    ) {
-        pass.enter(which.step());
-        let (head, buffers) = self.split(which);
-        buffers.backward(pass, head, input, input_gradient, accumulate, gradients);
-    }
-
-    /// Outputs of the head that ran last, `[level][image][cell][stride]`, and where the anchors are in them.
-    pub(super) fn outputs(&mut self, which: Which) -> (&mut [f32], HeadRows<'_>) {
-        let (head, buffers) = match which {
-            Which::Class => (&self.class, &mut self.buffers),
-            Which::Box => (&self.boxes, &mut self.buffers),
+    /// Copies the outputs that [`Self::forward`] made of one level, without their padding: `[image][cell][A·K]`.
+    pub(super) fn copy_level(&self, which: Which, level: usize, out: &mut Vec<f32>) {
+        let head = match which {
+            Which::Class => &self.class,
+            Which::Box => &self.boxes,
         };
-        let anchors_per_cell = head.predict.outputs() / head.layer.outputs_per_anchor;
-        let rows = HeadRows {
-            images: buffers.images,
-            cells_per_level: &buffers.cells,
-            anchors_per_cell,
-            stride: head.stride,
-        };
-        (&mut buffers.outputs[..buffers.rows.rows() * head.stride], rows)
-    }
-
-    /// Copies the outputs of one level without their padding: `[image][cell][A·K]`.
-    pub(super) fn copy_level(&mut self, which: Which, level: usize, out: &mut Vec<f32>) {
-        let channels = match which {
-            Which::Class => self.class.predict.outputs(),
-            Which::Box => self.boxes.predict.outputs(),
-        };
-        let (outputs, rows) = self.outputs(which);
-        let first: usize = rows.cells_per_level[..level].iter().sum::<usize>() * rows.images;
-        let count = rows.cells_per_level[level] * rows.images;
+        let Buffers {
+            images,
+            cells,
+            outputs,
+            ..
+        } = &self.buffers;
+        let first: usize = cells[..level].iter().sum::<usize>() * images;
+        let count = cells[level] * images;
         out.clear();
-        out.reserve(count * channels);
-        for row in outputs[first * rows.stride..][..count * rows.stride].chunks_exact(rows.stride) {
-            out.extend_from_slice(&row[..channels]);
+        out.reserve(count * head.predict.outputs());
+        for row in outputs[first * head.stride..][..count * head.stride].chunks_exact(head.stride) {
+            out.extend_from_slice(&row[..head.predict.outputs()]);
         }
+    }
+}
+
+/// Where the anchors of some maps are in a head's outputs.
+fn head_rows<'a>(head: &HeadState, cells: &'a [usize], images: usize, maps: Range<usize>) -> HeadRows<'a> {
+    HeadRows {
+        images,
+        cells_per_level: cells,
+        anchors_per_cell: head.predict.outputs() / head.layer.outputs_per_anchor,
+        stride: head.stride,
+        maps,
     }
 }
 
@@ -269,7 +347,8 @@ impl Buffers {
             .collect()
     }
 
-    /// Layers with a residual branch are numbered on from `first_number`, level by level.
+    /// Up to the input of the predicting 1×1 convolution; layers with a residual branch are numbered on from `first_number`,
+    /// level by level.
     fn forward(&mut self, pass: &mut Pass<'_>, head: &mut HeadState, first_number: u64, input: &[f32]) {
         let counts = self.counts();
         let training = pass.training();
@@ -350,20 +429,57 @@ impl Buffers {
                 streaming: false,
             },
         );
+        self.depthwise_outputs[last] = output;
+    }
+
+    /// Makes the outputs of a part.
+    fn predict(&mut self, pass: &Pass<'_>, head: &HeadState, part: &OutputPart) {
+        let input = &self.depthwise_outputs[head.layers.len()];
         pointwise::forward(
             pass.executor,
             Forward {
-                rows: &self.rows,
+                rows: &part.plan,
                 weights: &head.predict,
-                input: FullInput::Plain(&output),
-                bias: Some(pass.bias(&predict.pointwise)),
+                input: FullInput::Plain(&input[part.values(head.predict.inputs())]),
+                bias: Some(pass.bias(&head.layer.predict.pointwise)),
                 stride: head.stride,
-                y: &mut self.outputs[..self.rows.rows() * head.stride],
+                y: &mut self.outputs[..part.rows.len() * head.stride],
                 sums: None,
                 streaming: false,
             },
         );
-        self.depthwise_outputs[last] = output;
+    }
+
+    /// Makes the gradients of the predicting 1×1 convolution from those by the outputs of a part; weight gradients are added to
+    /// those of the parts before where there are any.
+    fn predict_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        head: &HeadState,
+        (part, accumulate): (&OutputPart, bool),
+        gradients: &mut Gradients<'_>,
+    ) {
+        let predict = &head.layer.predict.pointwise;
+        let values = part.values(head.predict.inputs());
+        let [dw, db] = gradients.of_all([Some(predict.kernel), predict.bias]);
+        pointwise::backward(
+            pass.executor,
+            Backward {
+                rows: &part.plan,
+                weights: &head.predict,
+                output_gradient: FullGradient::Plain {
+                    dy: &self.outputs[..part.rows.len() * head.stride],
+                    stride: head.stride,
+                },
+                x: &self.depthwise_outputs[head.layers.len()][values.clone()],
+                input_gradient: Some(plain_gradient(&mut self.scratch[0][values])),
+                weight_gradient: WeightGradient {
+                    dw,
+                    db: Some(db),
+                    accumulate,
+                },
+            },
+        );
     }
 
     /// What the predicting convolution reads.
@@ -379,6 +495,7 @@ impl Buffers {
         }
     }
 
+    /// From the gradient by the input of the predicting 1×1 convolution on, which is in the first scratch buffer.
     fn backward(
         &mut self,
         pass: &Pass<'_>,
@@ -395,25 +512,6 @@ impl Buffers {
         // finished output where skips are added.
         let [mut d_depthwise, mut dz, mut dx] = std::mem::take(&mut self.scratch);
 
-        let [dw, db] = gradients.of_all([Some(predict.pointwise.kernel), predict.pointwise.bias]);
-        pointwise::backward(
-            pass.executor,
-            Backward {
-                rows: &self.rows,
-                weights: &head.predict,
-                output_gradient: FullGradient::Plain {
-                    dy: &self.outputs[..self.rows.rows() * head.stride],
-                    stride: head.stride,
-                },
-                x: &self.depthwise_outputs[count],
-                input_gradient: Some(plain_gradient(&mut d_depthwise)),
-                weight_gradient: WeightGradient {
-                    dw,
-                    db: Some(db),
-                    accumulate: false,
-                },
-            },
-        );
         let mut kernel = predict.depthwise.kernel;
         for index in (0..count).rev() {
             let state = &mut head.layers[index];
@@ -522,5 +620,34 @@ fn plain_gradient(dx: &mut [f32]) -> InputGradient<'_> {
         accumulate: false,
         addends: [None, None],
         sums: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_the_outputs_hold_every_map_once_and_no_more_than_fits() {
+        let row_bytes = PART_BYTES / 100;
+        let ranges = |in_parts| -> Vec<_> {
+            (OutputPart::cut(&[60, 15, 4, 1], 3, row_bytes, in_parts).into_iter())
+                .map(|part| (part.maps, part.rows, part.plan.rows()))
+                .collect()
+        };
+        assert_eq!(ranges(false), [(0..12, 0..240, 240)]);
+        let expected = [
+            (0..1, 0..60, 60),
+            (1..2, 60..120, 60),
+            (2..5, 120..210, 90),
+            (5..12, 210..240, 30),
+        ];
+        assert_eq!(ranges(true), expected);
+        // A map that does not fit is a part of its own.
+        let large = OutputPart::cut(&[300, 1], 2, row_bytes, true);
+        assert_eq!(
+            large.iter().map(|part| part.rows.len()).collect::<Vec<_>>(),
+            [300, 300, 2]
+        );
     }
 }

@@ -48,51 +48,50 @@ impl<P: Storage> Layers<P> {
         pass.enter(Step::HeadInput);
         pyramid.write_outputs(&pass, last_cell, head_input);
 
-        heads.forward(&mut pass, Which::Class, head_input);
-        let (logits, rows) = heads.outputs(Which::Class);
-        let focal = Focal {
-            rows,
-            classes: hparams.num_classes,
-            alpha: hparams.alpha as f32,
-            gamma: hparams.gamma as f32,
-            label_smoothing: hparams.label_smoothing as f32,
-            normalizer: batch.targets.normalizer / loss_scale,
-            targets: batch.targets.class_targets,
-            logits,
+        let executor = pass.executor;
+        let focal = |logits: &mut [f32], rows: HeadRows<'_>| {
+            let focal = Focal {
+                rows,
+                classes: hparams.num_classes,
+                alpha: hparams.alpha as f32,
+                gamma: hparams.gamma as f32,
+                label_smoothing: hparams.label_smoothing as f32,
+                normalizer: batch.targets.normalizer / loss_scale,
+                targets: batch.targets.class_targets,
+                logits,
+            };
+            loss::focal(executor, focal)
         };
-        let class_loss = loss::focal(pass.executor, focal) / f64::from(loss_scale);
-        heads.backward(
-            &pass,
-            Which::Class,
-            head_input,
-            head_gradient,
-            false,
-            &mut gradients,
-        );
+        let buffers = (&head_input[..], &mut *head_gradient);
+        let class_loss = heads.train(&mut pass, Which::Class, buffers, false, &mut gradients, focal)
+            / f64::from(loss_scale);
 
-        heads.forward(&mut pass, Which::Box, head_input);
-        let (codes, rows) = heads.outputs(Which::Box);
-        let iou = (hparams.iou_loss_type).map(|kind| {
-            IouGradients::new(
-                kind,
-                hparams.iou_loss_weight * f64::from(loss_scale),
-                anchors,
-                &rows,
-                &batch.targets,
-                codes,
-            )
-        });
-        let huber = Huber {
-            rows,
-            delta: hparams.delta as f32,
-            normalizer: batch.targets.normalizer,
-            gradient_weight: hparams.box_loss_weight as f32 * loss_scale,
-            targets: batch.targets.box_targets,
-            codes,
+        let mut box_iou_loss = 0.0;
+        let huber = |codes: &mut [f32], rows: HeadRows<'_>| {
+            let iou = (hparams.iou_loss_type).map(|kind| {
+                IouGradients::new(
+                    kind,
+                    hparams.iou_loss_weight * f64::from(loss_scale),
+                    anchors,
+                    &rows,
+                    &batch.targets,
+                    codes,
+                )
+            });
+            let huber = Huber {
+                rows,
+                delta: hparams.delta as f32,
+                normalizer: batch.targets.normalizer,
+                gradient_weight: hparams.box_loss_weight as f32 * loss_scale,
+                targets: batch.targets.box_targets,
+                codes: &mut *codes,
+            };
+            let box_loss = loss::huber(executor, huber);
+            box_iou_loss += iou.map_or(0.0, |iou| iou.add_to(codes));
+            box_loss
         };
-        let box_loss = loss::huber(pass.executor, huber);
-        let box_iou_loss = iou.map_or(0.0, |iou| iou.add_to(heads.outputs(Which::Box).0));
-        heads.backward(&pass, Which::Box, head_input, head_gradient, true, &mut gradients);
+        let buffers = (&head_input[..], &mut *head_gradient);
+        let box_loss = heads.train(&mut pass, Which::Box, buffers, true, &mut gradients, huber);
 
         gradients.finish_from(first_of(&network.class_head).min(first_of(&network.box_head)));
         pyramid.backward(&pass, &backbone.level_outputs(), head_gradient, &mut gradients);
@@ -164,23 +163,24 @@ impl IouGradients {
         let per_positive = 1.0 / (4.0 * f64::from(targets.normalizer));
         let (mut loss, mut gradients) = (0.0, Vec::new());
         let targets = targets.box_targets.as_chunks::<4>().0;
-        for image in 0..rows.images {
-            let (mut anchor, mut first_row) = (0, 0);
-            for &cells in rows.cells_per_level {
-                for index in 0..cells * rows.anchors_per_cell {
-                    let target = targets[image * anchors.len() + anchor];
-                    if target != [0.0; 4] {
-                        let (cell, in_cell) = (index / rows.anchors_per_cell, index % rows.anchors_per_cell);
-                        let at = (first_row + image * cells + cell) * rows.stride + 4 * in_cell;
-                        let code = std::array::from_fn(|i| codes[at + i]);
-                        let term = coded_loss(kind, code, target, anchors.boxes_yxyx_px[anchor]);
-                        loss += term.value * per_positive;
-                        gradients.push((at, term.gradient.map(|g| g * weight * per_positive)));
-                    }
-                    anchor += 1;
+        let mut first_row = 0;
+        for map in rows.maps.clone() {
+            let (level, image) = (map / rows.images, map % rows.images);
+            let cells = rows.cells_per_level[level];
+            let first_anchor = rows.cells_per_level[..level].iter().sum::<usize>() * rows.anchors_per_cell;
+            for index in 0..cells * rows.anchors_per_cell {
+                let anchor = first_anchor + index;
+                let target = targets[image * anchors.len() + anchor];
+                if target != [0.0; 4] {
+                    let (cell, in_cell) = (index / rows.anchors_per_cell, index % rows.anchors_per_cell);
+                    let at = (first_row + cell) * rows.stride + 4 * in_cell;
+                    let code = std::array::from_fn(|i| codes[at + i]);
+                    let term = coded_loss(kind, code, target, anchors.boxes_yxyx_px[anchor]);
+                    loss += term.value * per_positive;
+                    gradients.push((at, term.gradient.map(|g| g * weight * per_positive)));
                 }
-                first_row += cells * rows.images;
             }
+            first_row += cells;
         }
         Self { loss, gradients }
     }

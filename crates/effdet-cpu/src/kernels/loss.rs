@@ -1,5 +1,7 @@
 //! The detection losses over padded logit rows, which become their own gradients in place.
 
+use std::ops::Range;
+
 use super::Executor;
 use super::lanes::{LaneSums, VIRTUAL_LANES};
 use super::pointwise::check;
@@ -17,11 +19,11 @@ const IGNORED: i32 = -2;
 /// A logit that no rounding saves from a loss and a gradient of 0.
 const CERTAINLY_NOT: f32 = -1e4;
 
-/// Where the anchors of a head's output are.
+/// Where the anchors of a head's output, or of some maps of it, are.
 ///
 /// Logits are `[level][image][cell][stride]`, of which the first `anchors_per_cell·K` columns count (K values per anchor);
-/// targets are `[image][level][cell][anchor]`.
-#[derive(Debug, Clone, Copy)]
+/// targets are `[image][level][cell][anchor]`, those of all maps.
+#[derive(Debug, Clone)]
 pub struct HeadRows<'a> {
     /// Number of images.
     pub images: usize,
@@ -31,6 +33,8 @@ pub struct HeadRows<'a> {
     pub anchors_per_cell: usize,
     /// Values from one row of logits to the next.
     pub stride: usize,
+    /// The maps that are there, as level · images + image.
+    pub maps: Range<usize>,
 }
 
 /// Arguments of [`focal`].
@@ -118,8 +122,12 @@ impl HeadRows<'_> {
             "the stride {} is below the {width} values of a row",
             self.stride
         );
-        let cells: usize = self.cells_per_level.iter().sum();
-        check("the head's output", len, self.images * cells * self.stride);
+        let cells: usize = self
+            .maps
+            .clone()
+            .map(|map| self.cells_per_level[map / self.images])
+            .sum();
+        check("the head's output", len, cells * self.stride);
         width
     }
 
@@ -130,19 +138,19 @@ impl HeadRows<'_> {
 
     /// Sums `work` over runs of rows, in order.
     fn sum_tasks(&self, executor: &Executor, work: &(dyn Fn(&Run) -> f64 + Sync)) -> f64 {
-        let (mut runs, mut row, mut first_anchor) = (Vec::new(), 0, 0);
-        for &cells in self.cells_per_level {
-            for image in 0..self.images {
-                for cell in (0..cells).step_by(ROWS_PER_TASK) {
-                    runs.push(Run {
-                        row: row + cell,
-                        rows: ROWS_PER_TASK.min(cells - cell),
-                        anchor: image * self.anchors() + first_anchor + cell * self.anchors_per_cell,
-                    });
-                }
-                row += cells;
+        let (mut runs, mut row) = (Vec::new(), 0);
+        for map in self.maps.clone() {
+            let (level, image) = (map / self.images, map % self.images);
+            let (before, cells) = (&self.cells_per_level[..level], self.cells_per_level[level]);
+            let first_anchor = image * self.anchors() + before.iter().sum::<usize>() * self.anchors_per_cell;
+            for cell in (0..cells).step_by(ROWS_PER_TASK) {
+                runs.push(Run {
+                    row: row + cell,
+                    rows: ROWS_PER_TASK.min(cells - cell),
+                    anchor: first_anchor + cell * self.anchors_per_cell,
+                });
             }
-            first_anchor += cells * self.anchors_per_cell;
+            row += cells;
         }
         let mut losses = vec![0.0; runs.len()];
         let shared = SharedPtr::new(&mut losses);
@@ -512,6 +520,7 @@ mod tests {
             cells_per_level: &CELLS,
             anchors_per_cell: ANCHORS,
             stride,
+            maps: 0..IMAGES * CELLS.len(),
         }
     }
 
@@ -569,6 +578,31 @@ mod tests {
                 };
                 (focal(executor, args), logits)
             });
+            let (in_parts, gradient_in_parts) = same_everywhere(|executor| {
+                let mut logits = logits.clone();
+                let (mut rest, mut loss) = (&mut logits[..], 0.0);
+                for maps in [0..1, 1..3, 3..IMAGES * CELLS.len()] {
+                    let cells: usize = maps.clone().map(|map| CELLS[map / IMAGES]).sum();
+                    let (part, after) = rest.split_at_mut(cells * stride);
+                    rest = after;
+                    loss += focal(
+                        executor,
+                        Focal {
+                            rows: HeadRows { maps, ..rows(stride) },
+                            classes,
+                            alpha: 0.25,
+                            gamma,
+                            label_smoothing: smoothing,
+                            normalizer: 3.0,
+                            targets: &targets,
+                            logits: part,
+                        },
+                    );
+                }
+                (loss, logits)
+            });
+            assert!(gradient_in_parts == gradient, "parts have the whole's gradient");
+            assert!((in_parts - loss).abs() < 1e-12 * loss);
             let mut expected = vec![0.0; len];
             let mut expected_loss = 0.0;
             for (&target, place) in targets.iter().zip(places(stride, classes)) {
@@ -608,6 +642,7 @@ mod tests {
                     cells_per_level: &[1],
                     anchors_per_cell: 1,
                     stride: 4,
+                    maps: 0..1,
                 },
                 classes: 2,
                 alpha: 0.25,
