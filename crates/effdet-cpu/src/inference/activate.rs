@@ -153,7 +153,7 @@ unsafe fn activate_column<S: Simd, A: Activation, const WHOLE: bool>(
         let mut pixel = 0;
         macro_rules! pixels {
             ($pixels:literal) => {
-                while pixel + $pixels <= line.pixels {
+                while pixel + ($pixels - 1) < line.pixels {
                     let mut raw = [S::zero(); $pixels];
                     for (p, raw) in raw.iter_mut().enumerate() {
                         *raw = load::<S, WHOLE>(line.raw.add((pixel + p) * line.raw_stride + channel), lanes);
