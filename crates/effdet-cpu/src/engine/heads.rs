@@ -322,7 +322,7 @@ fn head_rows<'a>(head: &HeadState, cells: &'a [usize], images: usize, maps: Rang
 struct LevelSlice {
     index: usize,
     plan: RowPlan,
-    values: std::ops::Range<usize>,
+    values: Range<usize>,
 }
 
 impl Buffers {

@@ -564,31 +564,19 @@ mod tests {
                 .iter()
                 .map(|&t| if t == -1 { -1 } else { t.min(classes as i32 - 1) })
                 .collect();
-            let (loss, gradient) = same_everywhere(|executor| {
-                let mut logits = logits.clone();
-                let args = Focal {
-                    rows: rows(stride),
-                    classes,
-                    alpha: 0.25,
-                    gamma,
-                    label_smoothing: smoothing,
-                    normalizer: 3.0,
-                    targets: &targets,
-                    logits: &mut logits,
-                };
-                (focal(executor, args), logits)
-            });
-            let (in_parts, gradient_in_parts) = same_everywhere(|executor| {
-                let mut logits = logits.clone();
-                let (mut rest, mut loss) = (&mut logits[..], 0.0);
-                for maps in [0..1, 1..3, 3..IMAGES * CELLS.len()] {
-                    let cells: usize = maps.clone().map(|map| CELLS[map / IMAGES]).sum();
-                    let (part, after) = rest.split_at_mut(cells * stride);
-                    rest = after;
-                    loss += focal(
-                        executor,
-                        Focal {
-                            rows: HeadRows { maps, ..rows(stride) },
+            let of_parts = |parts: &[Range<usize>]| {
+                same_everywhere(|executor| {
+                    let mut logits = logits.clone();
+                    let (mut rest, mut loss) = (&mut logits[..], 0.0);
+                    for maps in parts {
+                        let cells: usize = maps.clone().map(|map| CELLS[map / IMAGES]).sum();
+                        let (part, after) = rest.split_at_mut(cells * stride);
+                        rest = after;
+                        let args = Focal {
+                            rows: HeadRows {
+                                maps: maps.clone(),
+                                ..rows(stride)
+                            },
                             classes,
                             alpha: 0.25,
                             gamma,
@@ -596,11 +584,15 @@ mod tests {
                             normalizer: 3.0,
                             targets: &targets,
                             logits: part,
-                        },
-                    );
-                }
-                (loss, logits)
-            });
+                        };
+                        loss += focal(executor, args);
+                    }
+                    (loss, logits)
+                })
+            };
+            let maps = IMAGES * CELLS.len();
+            let (loss, gradient) = of_parts(&[rows(stride).maps]);
+            let (in_parts, gradient_in_parts) = of_parts(&[0..1, 1..3, 3..maps]);
             assert!(gradient_in_parts == gradient, "parts have the whole's gradient");
             assert!((in_parts - loss).abs() < 1e-12 * loss);
             let mut expected = vec![0.0; len];
