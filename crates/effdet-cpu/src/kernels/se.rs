@@ -7,7 +7,7 @@ use super::Executor;
 use super::elementwise::{AffineVectors, Source, for_blocks};
 use super::lanes::dot;
 use super::pointwise::{RowPlan, Segment, check, part};
-use super::row_sweeps::{Sweep, load, sweep};
+use super::row_sweeps::{Sweep, fetch_distance, load, sweep};
 use crate::arena::SharedPtr;
 use crate::math::{Act, Activation, sigmoid, with_activation};
 use crate::probe::{Kernel, Work};
@@ -76,6 +76,7 @@ pub fn pool<X: Stored>(executor: &Executor, args: Pool<'_, X>) {
                     scale: affine.scale.at(0, block.image, channels, 0),
                     shift: affine.shift.at(0, block.image, channels, 0),
                     sums,
+                    ahead: fetch_distance(channels),
                     act: PhantomData,
                 };
                 sweep(executor.isa(), &pass);
@@ -94,6 +95,8 @@ struct PoolPass<A, X> {
     scale: *const f32,
     shift: *const f32,
     sums: *mut f32,
+    /// Values from one that is read to one that is fetched.
+    ahead: usize,
     act: PhantomData<A>,
 }
 
@@ -119,8 +122,9 @@ impl<A: Activation, X: Stored> Sweep for PoolPass<A, X> {
             let shift = load::<S, WHOLE>(self.shift.add(column), lanes);
             let mut z = [S::zero(); R];
             for (i, z) in z.iter_mut().enumerate() {
-                let raw = load::<S, WHOLE>(self.raw.add((row + i) * self.columns + column), lanes);
-                *z = S::fma(raw, scale, shift);
+                let raw = self.raw.add((row + i) * self.columns + column);
+                S::prefetch(raw.wrapping_add(self.ahead).cast());
+                *z = S::fma(load::<S, WHOLE>(raw, lanes), scale, shift);
             }
             let mut sum = S::load(self.sums.add(column));
             for value in A::values::<S, R>(z) {

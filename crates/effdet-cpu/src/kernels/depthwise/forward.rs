@@ -112,8 +112,8 @@ unsafe fn strip<S: Simd, Y: Stored, const K: usize, const ST: usize, const WHOLE
                 while pixel + ($pixels - 1) < to {
                     let y = target.add((pixel - from) * line.pixel_stride);
                     if !line.streaming {
-                        // Before they are written: a store that misses holds up those behind it.
-                        for p in 0..$pixels {
+                        // What the next strip will write: a store that misses holds up those behind it.
+                        for p in STRIP_PIXELS..STRIP_PIXELS + $pixels {
                             S::prefetch(y.wrapping_add(p * line.pixel_stride).cast());
                         }
                     }

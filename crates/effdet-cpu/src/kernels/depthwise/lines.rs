@@ -14,8 +14,9 @@ use crate::storage::Stored;
 /// Pixels that share one load of the channels' vectors.
 const PIXELS: usize = 4;
 
-/// How far ahead of the values in work to prefetch: processors do so themselves, but only to the end of a 4 KB page.
-const PREFETCH_VALUES: usize = 1024;
+/// How far ahead of the values in work to prefetch: processors do so themselves, but only to the end of a 4 KB page or of the channels
+/// of a part.
+const PREFETCH_VALUES: usize = 2048;
 
 /// Where a line goes, and the channels it has.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +35,7 @@ impl Line {
     /// Values from a pixel to the same channel of one that is worth prefetching.
     #[inline(always)]
     fn ahead(&self) -> usize {
-        self.pixel_stride * PREFETCH_VALUES.div_ceil(self.pixel_stride)
+        self.pixel_stride * PREFETCH_VALUES.div_ceil(self.channels)
     }
 
     #[inline(always)]

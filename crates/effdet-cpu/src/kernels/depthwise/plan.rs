@@ -11,11 +11,9 @@ const TASKS: usize = 16;
 /// Bytes that the ring of line buffers may take: it should stay in the L2 cache.
 const RING_BYTES: usize = 384 << 10;
 
-/// Channels that a task has at most, in lane groups. Splitting channels turns the reads of a tensor into short pieces, which
-/// main memory serves slowly, so maps that do not fit the L3 cache are split less.
-const GROUPS_OF_SMALL_MAPS: usize = 8;
-const GROUPS_OF_LARGE_MAPS: usize = 16;
-const SMALL_MAP_CELLS: usize = 64 * 64;
+/// Lane groups that a task has at most. Splitting channels turns the reads of a tensor into short pieces, which main memory
+/// serves slowly.
+const MOST_LANE_GROUPS: usize = 16;
 
 /// The shapes of a depthwise convolution and how its work is cut into tasks; a function of the shapes alone.
 ///
@@ -170,15 +168,9 @@ fn cut(
     ring_pixels: &dyn Fn(usize) -> usize,
     halo: usize,
 ) -> Vec<Part> {
-    let largest = maps.iter().map(|map| map.cells()).max().unwrap_or(0);
     let cells: usize = maps.iter().map(|map| map.cells()).sum();
-    let most_groups = if largest <= SMALL_MAP_CELLS {
-        GROUPS_OF_SMALL_MAPS
-    } else {
-        GROUPS_OF_LARGE_MAPS
-    };
     let groups = channels.div_ceil(LANE_GROUP);
-    let blocks = groups.div_ceil(most_groups);
+    let blocks = groups.div_ceil(MOST_LANE_GROUPS);
     let mut parts = Vec::new();
     for (map, size) in maps.iter().enumerate() {
         let block_bytes = groups.div_ceil(blocks) * LANE_GROUP * size_of::<f32>();
