@@ -490,9 +490,9 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
                 };
                 for (first, columns) in slabs(outputs) {
                     let bias_sums = partials.has_bias().then(|| bias_sums.add(first));
-                    slab.form(isa, &output_gradient, block, outputs, (first, columns), bias_sums);
+                    let dy = slab.form(isa, &output_gradient, block, outputs, (first, columns), bias_sums);
                     if let Some(dx) = &dx {
-                        let (a, a_stride) = slab.left_operand();
+                        let (a, a_stride) = dy.left;
                         let product = Multiply {
                             rows: block.rows,
                             columns: inputs,
@@ -508,7 +508,7 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
                         };
                         gemm::multiply(isa, products, &product, &mut ahead);
                     }
-                    let (q, q_stride) = slab.right_operand();
+                    let (q, q_stride) = dy.right;
                     let product = MultiplyTransposed {
                         depth: products.lanes(block.rows),
                         rows: inputs,
@@ -668,7 +668,7 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
         };
         let block_sums = scratch.take_zeroed(ACTIVATION_SUMS * sums_stride);
         let bias_sums = scratch.take_zeroed(bias_len);
-        let dy = FormedGradient::new(products, outputs, partials.has_bias(), &mut scratch);
+        let dy_scratch = FormedGradient::new(products, outputs, partials.has_bias(), &mut scratch);
         let tile = scratch.take(BLOCK_ROWS * tile_stride);
         bias_totals.fill(0.0);
         let mut span = first_spans[task];
@@ -688,11 +688,11 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
                     image = Some(block.image);
                 }
                 let sums = partials.has_bias().then_some(bias_sums);
-                dy.form(isa, &output_gradient, block, outputs, (0, outputs), sums);
+                let dy = dy_scratch.form(isa, &output_gradient, block, outputs, (0, outputs), sums);
                 if partials.has_bias() {
                     flush_rows(isa, bias_sums, bias_len, bias_totals, outputs);
                 }
-                let ((a, a_stride), (q, q_stride)) = (dy.left_operand(), dy.right_operand());
+                let ((a, a_stride), (q, q_stride)) = (dy.left, dy.right);
                 for (first, columns) in slabs(inputs) {
                     let product = Multiply {
                         rows: block.rows,

@@ -3,12 +3,12 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::super::gemm::{Prefetch, TILE_ROWS, scratch_stride};
+use super::super::gemm::{Prefetch, TILE_ROWS, padded, scratch_stride};
 use super::super::row_plan::{BLOCK_ROWS, RowBlock, RowPlan};
 use super::super::row_sweeps::{
     Activate, ColumnSums, CopyRows, FormGradient, Normalize, RowPairs, Rows, RowsAndPairs, Sink, sweep,
 };
-use super::{Activated, ChannelVectors, Input, OutputGradient, check};
+use super::{Activated, ChannelVectors, Input, OutputGradient, check, rows_are_aligned};
 use crate::arena::{Bump, SharedPtr};
 use crate::math::with_activation;
 use crate::simd::Isa;
@@ -245,6 +245,17 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
         }
     }
 
+    /// A block of dY from column `first` on with its row stride, where the products can read it as it is stored.
+    fn stored(&self, block: &RowBlock, channels: usize, first: usize) -> Option<(*const f32, usize)> {
+        match *self {
+            Self::Plain { dy, stride } if stride >= padded(channels) && rows_are_aligned(dy, stride) => {
+                let values = dy[block.row * stride + first..].as_ptr().cast_mut();
+                Some((G::as_f32(values)?.cast_const(), stride))
+            }
+            _ => None,
+        }
+    }
+
     /// Forms some columns of a block of dY.
     ///
     /// # Safety
@@ -296,6 +307,14 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
     }
 }
 
+/// What the products of a backward pass read of dY, each with its row stride in lanes.
+pub(super) struct Operands {
+    /// For dX = dY·Wᵀ.
+    pub left: (*const f32, usize),
+    /// For dW = Aᵀ·dY.
+    pub right: (*const f32, usize),
+}
+
 /// Scratch for some columns of a block of dY as the products of a backward pass read it.
 pub(super) struct FormedGradient {
     products: Products,
@@ -345,7 +364,7 @@ impl FormedGradient {
         }
     }
 
-    /// Forms some columns of a block of dY, and adds Σ dY over its rows to `bias_sums`.
+    /// Some columns of a block of dY as the two products read them; adds Σ dY over its rows to `bias_sums`.
     ///
     /// # Safety
     /// As for [`OutputGradient::form`]; the slab must have been made for as many columns, and with bias if sums are given.
@@ -357,52 +376,47 @@ impl FormedGradient {
         channels: usize,
         (first, columns): (usize, usize),
         bias_sums: Option<*mut f32>,
-    ) {
+    ) -> Operands {
+        let paired = self.products.are_paired();
+        let stored = gradient.stored(block, channels, first);
+        let plain = stored.unwrap_or((self.plain.out.cast_const(), self.plain.stride));
         // SAFETY: the caller's promise.
         unsafe {
-            if self.products.are_paired() && bias_sums.is_none() {
+            if paired && bias_sums.is_none() {
                 gradient.form(isa, block, channels, (first, columns), self.halves);
-                return;
+            } else if stored.is_none() {
+                gradient.form(isa, block, channels, (first, columns), self.plain);
             }
-            gradient.form(isa, block, channels, (first, columns), self.plain);
             if let Some(sums) = bias_sums {
                 let pass = ColumnSums {
                     rows: block.rows,
                     columns,
-                    x: self.plain.out,
-                    stride: self.plain.stride,
+                    x: plain.0,
+                    stride: plain.1,
                     sums,
                 };
                 sweep(isa, &pass);
-            }
-            if self.products.are_paired() {
-                let pass = CopyRows {
-                    rows: block.rows,
-                    columns,
-                    x: self.plain.out,
-                    stride: self.plain.stride,
-                    out: self.halves,
-                };
-                sweep(isa, &pass);
-            }
-        }
-    }
-
-    /// What dX = dY·Wᵀ reads, with its row stride in lanes.
-    pub(super) fn left_operand(&self) -> (*const f32, usize) {
-        match self.products {
-            Products::Single => (self.plain.out, self.plain.stride),
-            Products::Bf16Pairs | Products::Bf16Tiles => {
-                (self.halves.rows.out.cast(), self.halves.rows.stride / 2)
+                if paired {
+                    let pass = CopyRows {
+                        rows: block.rows,
+                        columns,
+                        x: plain.0,
+                        stride: plain.1,
+                        out: self.halves,
+                    };
+                    sweep(isa, &pass);
+                }
             }
         }
-    }
-
-    /// What dW = Aᵀ·dY reads, with its stride in lanes.
-    pub(super) fn right_operand(&self) -> (*const f32, usize) {
         match self.products {
-            Products::Single => (self.plain.out, self.plain.stride),
-            Products::Bf16Pairs | Products::Bf16Tiles => (self.halves.pairs.out, self.halves.pairs.stride),
+            Products::Single => Operands {
+                left: plain,
+                right: plain,
+            },
+            Products::Bf16Pairs | Products::Bf16Tiles => Operands {
+                left: (self.halves.rows.out.cast(), self.halves.rows.stride / 2),
+                right: (self.halves.pairs.out, self.halves.pairs.stride),
+            },
         }
     }
 }
