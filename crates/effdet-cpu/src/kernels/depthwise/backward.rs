@@ -5,11 +5,21 @@
 //! in `j = (ix + pad_left − phase)/stride`, with `ox = j − t` for the t-th of these taps.
 
 use super::super::row_sweeps::{load, store};
-use super::forward::{STRIP_PIXELS, must_stage, stream_strip};
+use super::forward::{must_stage, stream_strip, strip_pixels};
 use super::lines::{ActivateStrip, Strip};
 use super::plan::LANE_GROUP;
 use crate::simd::{Isa, Simd, dispatch_with_bf16};
 use crate::storage::Stored;
+
+/// Where the slopes of a strip lie in its scratch: not whole 4 KB behind the activations, whose cache lines they would compete for.
+const fn slopes_at(kernel_size: usize) -> usize {
+    (strip_pixels(kernel_size) + 8) * LANE_GROUP
+}
+
+/// Length of the scratch of a strip.
+pub(super) const fn strip_len(kernel_size: usize) -> usize {
+    slopes_at(kernel_size) + strip_pixels(kernel_size) * LANE_GROUP
+}
 
 /// One input line of a part.
 #[derive(Debug, Clone, Copy)]
@@ -38,7 +48,7 @@ pub(super) struct InputLine<X, G, const K: usize> {
     pub scale: *const f32,
     pub shift: *const f32,
     pub activate: ActivateStrip<X>,
-    /// Scratch of a strip: `[2, STRIP_PIXELS, 16]`.
+    /// Scratch of a strip: activations `[strip_pixels(K), 16]`, and slopes at [`slopes_at`].
     pub scratch: *mut f32,
     /// First pixel of the gradient tensor.
     pub dz: *mut G,
@@ -120,7 +130,7 @@ unsafe fn phase<
     unsafe {
         let (group, lane) = (channel / LANE_GROUP, channel % LANE_GROUP);
         let taps = group * K * K * LANE_GROUP + phase * LANE_GROUP + lane;
-        let slopes = line.scratch.add(STRIP_PIXELS * LANE_GROUP);
+        let slopes = line.scratch.add(slopes_at(K));
         let mut pixel = first;
         macro_rules! tiles {
             ($pixels:literal) => {
@@ -233,7 +243,7 @@ unsafe fn strip_body<S: Simd, X: Stored, G: Stored, const K: usize, const ST: us
             vectors::<S, X, G, K, ST, false>(line, (from, to), channel, end - channel);
         }
         if line.streaming && must_stage::<S>() {
-            let staged = line.scratch.add(STRIP_PIXELS * LANE_GROUP);
+            let staged = line.scratch.add(slopes_at(K));
             let dz = line.dz.add(from * line.pixel_stride + first);
             stream_strip::<S, G>(staged, to - from, dz, line.pixel_stride);
         }
@@ -262,8 +272,8 @@ pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: 
     isa: Isa,
     line: &InputLine<X, G, K>,
 ) {
-    for from in (0..line.pixels).step_by(STRIP_PIXELS) {
-        let to = (from + STRIP_PIXELS).min(line.pixels);
+    for from in (0..line.pixels).step_by(strip_pixels(K)) {
+        let to = (from + strip_pixels(K)).min(line.pixels);
         for first in (0..line.channels).step_by(LANE_GROUP) {
             // SAFETY: pixels and channels of the line.
             unsafe {
@@ -281,7 +291,7 @@ pub(super) unsafe fn input_line<X: Stored, G: Stored, const K: usize, const ST: 
                     scale: line.scale.add(first),
                     shift: line.shift.add(first),
                     act: line.scratch,
-                    slope: line.scratch.add(STRIP_PIXELS * LANE_GROUP),
+                    slope: line.scratch.add(slopes_at(K)),
                     target,
                     target_stride,
                 };

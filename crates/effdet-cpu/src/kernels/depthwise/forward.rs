@@ -6,8 +6,10 @@ use crate::simd::{Simd, dispatch};
 use crate::storage::Stored;
 
 /// Pixels of a line that are worked on for one lane group before the next one: output is written in pieces of this many
-/// neighbouring pixels, while the weights of a lane group stay in registers and L1.
-pub(super) const STRIP_PIXELS: usize = 32;
+/// neighbouring pixels, while the weights of a lane group stay in registers and what a strip reads stays in L1.
+pub(super) const fn strip_pixels(kernel_size: usize) -> usize {
+    if kernel_size == 3 { 128 } else { 64 }
+}
 
 /// One output line of a part.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +27,7 @@ pub(super) struct OutputLine<Y, const K: usize> {
     /// Values from one pixel of the output tensor to the next.
     pub pixel_stride: usize,
     pub streaming: bool,
-    /// Scratch for [`stream_strip`]: `[STRIP_PIXELS, 16]`.
+    /// Scratch for [`stream_strip`]: `[strip_pixels(K), 16]`.
     pub staging: *mut f32,
     /// Σy and then Σy² are added here, `sums_stride` apart; null where not needed.
     pub sums: *mut f32,
@@ -113,7 +115,7 @@ unsafe fn strip<S: Simd, Y: Stored, const K: usize, const ST: usize, const WHOLE
                     let y = target.add((pixel - from) * line.pixel_stride);
                     if !line.streaming {
                         // What the next strip will write: a store that misses holds up those behind it.
-                        for p in STRIP_PIXELS..STRIP_PIXELS + $pixels {
+                        for p in to - from..to - from + $pixels {
                             S::prefetch(y.wrapping_add(p * line.pixel_stride).cast());
                         }
                     }
@@ -159,7 +161,7 @@ unsafe fn strip<S: Simd, Y: Stored, const K: usize, const ST: usize, const WHOLE
 unsafe fn output_line_body<S: Simd, Y: Stored, const K: usize, const ST: usize>(line: &OutputLine<Y, K>) {
     let mut from = 0;
     while from < line.pixels {
-        let to = (from + STRIP_PIXELS).min(line.pixels);
+        let to = (from + strip_pixels(K)).min(line.pixels);
         let mut channel = 0;
         // SAFETY: pixels and channels of the line.
         unsafe {

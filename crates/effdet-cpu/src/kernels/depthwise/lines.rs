@@ -5,7 +5,6 @@
 use std::marker::PhantomData;
 
 use super::super::row_sweeps::load;
-use super::forward::STRIP_PIXELS;
 use super::plan::LANE_GROUP;
 use crate::math::Activation;
 use crate::simd::{Isa, Simd, dispatch};
@@ -256,7 +255,7 @@ unsafe fn activate_pixels<S: Simd, A: Activation, X: Stored, const P: usize, con
         let mut z = [S::zero(); P];
         for (i, z) in z.iter_mut().enumerate() {
             let raw = strip.raw.add((first + i) * strip.pixel_stride + channel);
-            S::prefetch(raw.wrapping_add(STRIP_PIXELS * strip.pixel_stride).cast());
+            S::prefetch(raw.wrapping_add(strip.pixels * strip.pixel_stride).cast());
             S::prefetch(
                 strip
                     .target

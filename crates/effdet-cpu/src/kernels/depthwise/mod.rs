@@ -6,7 +6,7 @@
 use std::marker::PhantomData;
 
 use self::backward::InputLine;
-use self::forward::{OutputLine, STRIP_PIXELS};
+use self::forward::{OutputLine, strip_pixels};
 use self::lines::{
     ActivateStrip, ActivatedLine, GradientLine, Line, PlainLine, activate_strip, clear_margins, fill,
 };
@@ -121,7 +121,7 @@ fn forward_parts<X: Stored, Y: Stored, const K: usize, const ST: usize>(
         let to = ((first + line_pixels as isize) as usize).min(map.input.width);
         let margins = ((from as isize - first) as usize, (to as isize - first) as usize);
         let sums_stride = groups * LANE_GROUP;
-        let staging_len = STRIP_PIXELS * LANE_GROUP;
+        let staging_len = strip_pixels(K) * LANE_GROUP;
         let scratch_len = K * Bump::room(line_len)
             + Bump::room(K * K * sums_stride)
             + Bump::room(2 * sums_stride)
@@ -515,7 +515,7 @@ fn backward_parts<X: Stored, GX: Stored, G: Stored, Y: Stored, const K: usize, c
         let group_stride = (line_pixels | 1) * LANE_GROUP;
         let line_len = groups * group_stride;
         let sums_stride = groups * LANE_GROUP;
-        let strip_len = 2 * STRIP_PIXELS * LANE_GROUP;
+        let strip_len = backward::strip_len(K);
         let scratch_len = K * Bump::room(line_len)
             + Bump::room(K * K * sums_stride)
             + Bump::room(2 * sums_stride)
