@@ -12,13 +12,14 @@ use crate::storage::{Bf16, Stored};
 /// Rows that share one load of the channels' vectors.
 const ROWS: usize = 4;
 
-/// Values from one row of a tensor to the same column of the row that a pass over the whole tensor had better fetch.
+/// Values from one row of a tensor to the same column of a later row, which a pass that reads `columns` of each row had better fetch
+/// now: some thousand values of what it reads lie between, as long as main memory takes to answer.
 ///
-/// Processors fetch ahead by themselves, but not across the ends of rows that several streams read side by side: a pass that waits
-/// for main memory takes three times as long without.
-pub(crate) const fn fetch_distance(columns: usize) -> usize {
-    const VALUES: usize = 4096;
-    columns * VALUES.div_ceil(columns)
+/// Processors fetch ahead by themselves, but only to the end of a 4 KB page and of the columns that are read.
+#[inline(always)]
+pub(crate) const fn fetch_distance(stride: usize, columns: usize) -> usize {
+    const VALUES: usize = 2048;
+    stride * VALUES.div_ceil(columns)
 }
 
 /// One elementwise pass.

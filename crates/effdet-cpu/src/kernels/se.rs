@@ -76,7 +76,7 @@ pub fn pool<X: Stored>(executor: &Executor, args: Pool<'_, X>) {
                     scale: affine.scale.at(0, block.image, channels, 0),
                     shift: affine.shift.at(0, block.image, channels, 0),
                     sums,
-                    ahead: fetch_distance(channels),
+                    ahead: fetch_distance(channels, channels),
                     act: PhantomData,
                 };
                 sweep(executor.isa(), &pass);

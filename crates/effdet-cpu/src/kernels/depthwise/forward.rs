@@ -6,7 +6,8 @@ use crate::simd::{Simd, dispatch};
 use crate::storage::Stored;
 
 /// Pixels of a line that are worked on for one lane group before the next one: output is written in pieces of this many
-/// neighbouring pixels, while the weights of a lane group stay in registers and what a strip reads stays in L1.
+/// neighbouring pixels, while the weights of a lane group stay in registers and what a strip reads stays in L1: 3 lines of a
+/// 3×3 kernel, 5 of a 5×5 one.
 pub(super) const fn strip_pixels(kernel_size: usize) -> usize {
     if kernel_size == 3 { 128 } else { 64 }
 }

@@ -4,7 +4,7 @@
 
 use std::marker::PhantomData;
 
-use super::super::row_sweeps::load;
+use super::super::row_sweeps::{fetch_distance, load};
 use super::plan::LANE_GROUP;
 use crate::math::Activation;
 use crate::simd::{Isa, Simd, dispatch};
@@ -12,10 +12,6 @@ use crate::storage::Stored;
 
 /// Pixels that share one load of the channels' vectors.
 const PIXELS: usize = 4;
-
-/// How far ahead of the values in work to prefetch: processors do so themselves, but only to the end of a 4 KB page or of the channels
-/// of a part.
-const PREFETCH_VALUES: usize = 2048;
 
 /// Where a line goes, and the channels it has.
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +30,7 @@ impl Line {
     /// Values from a pixel to the same channel of one that is worth prefetching.
     #[inline(always)]
     fn ahead(&self) -> usize {
-        self.pixel_stride * PREFETCH_VALUES.div_ceil(self.channels)
+        fetch_distance(self.pixel_stride, self.channels)
     }
 
     #[inline(always)]

@@ -93,7 +93,7 @@ fn layers() -> Vec<Layer> {
         Layer::new(2, &[(8, 6)], 24, 5, 2, Act::Swish),
         Layer::new(1, &[(2, 3), (5, 4), (1, 2)], 40, 3, 1, Act::Swish),
         Layer::new(2, &[(6, 9), (3, 5)], 88, 5, 1, Act::Relu6),
-        Layer::new(1, &[(5, 13)], 200, 5, 1, Act::Swish),
+        Layer::new(1, &[(5, 13)], 300, 5, 1, Act::Swish),
         Layer::new(1, &[(4, 50)], 16, 3, 2, Act::Swish),
         Layer::new(1, &[(70, 3)], 20, 3, 1, Act::Swish),
         Layer::new(1, &[(82, 3)], 5, 5, 2, Act::Swish),

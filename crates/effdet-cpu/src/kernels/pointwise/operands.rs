@@ -245,7 +245,8 @@ impl<G: Stored, Y: Stored> OutputGradient<'_, G, Y> {
         }
     }
 
-    /// A block of dY from column `first` on with its row stride, where the products can read it as it is stored.
+    /// A block of dY from column `first` on with its row stride, where the products can read it as it is stored: f32, in aligned rows
+    /// with room for whole panels.
     fn stored(&self, block: &RowBlock, channels: usize, first: usize) -> Option<(*const f32, usize)> {
         match *self {
             Self::Plain { dy, stride } if stride >= padded(channels) && rows_are_aligned(dy, stride) => {
