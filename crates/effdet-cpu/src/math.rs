@@ -365,6 +365,14 @@ pub mod activations {
                     for z in groups {
                         swish::<S, 4>(z);
                     }
+                    let (groups, rest) = rest.as_chunks_mut::<3>();
+                    for z in groups {
+                        swish::<S, 3>(z);
+                    }
+                    let (groups, rest) = rest.as_chunks_mut::<2>();
+                    for z in groups {
+                        swish::<S, 2>(z);
+                    }
                     rest
                 } else {
                     let (groups, rest) = z.as_chunks_mut::<2>();

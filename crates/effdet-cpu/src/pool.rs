@@ -22,9 +22,11 @@ type Job<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
 /// Persistent threads that share the tasks of one job at a time.
 ///
-/// Tasks are claimed one by one from a counter, so a thread that the system takes off its core delays only the task it
-/// holds. Which thread runs a task is left to chance; results must depend on the task alone, then they are the same
-/// for any number of threads.
+/// Every thread has a share of neighbouring tasks and claims them one by one; when they are gone it helps the others, from the
+/// far end of their shares, so a thread that the system takes off its core delays only the task it holds. Jobs that go
+/// over the same tensor in the same order thus find most of it in the cache of the thread that left it there, which matters where
+/// threads do not share one: there a line of the other's costs as much as main memory. Results must depend on the task
+/// alone, then they are the same for any number of threads.
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -35,10 +37,10 @@ pub struct Pool {
 }
 
 struct Shared {
-    /// Job number in the high half, tasks not yet claimed in the low half. One word, so that a worker which slept through
-    /// the end of a job cannot claim a task of the next one with the old job's closure.
-    state: AtomicU64,
-    tasks: AtomicUsize,
+    /// Of every worker.
+    shares: Vec<Share>,
+    /// Number of jobs so far.
+    jobs: AtomicU64,
     unfinished: AtomicUsize,
     /// Points to the `Job` of the running job, which lives on the caller's stack until `unfinished` is 0.
     job: AtomicPtr<()>,
@@ -46,6 +48,39 @@ struct Shared {
     asleep: Vec<AtomicBool>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     scratch: Vec<Scratch>,
+}
+
+/// Tasks that nobody has claimed yet: the first one in the high half, the end in the low half.
+///
+/// One word on a cache line of its own. Whoever claims a task reads the job afterwards, so that a worker which slept through
+/// the end of a job claims a task of the next one rightly or not at all.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, first: usize, end: usize) {
+        self.0.store((first as u64) << 32 | end as u64, Ordering::Release);
+    }
+
+    /// Claims the first task, or the last one.
+    fn claim(&self, is_owner: bool) -> Option<usize> {
+        let mut seen = self.0.load(Ordering::Acquire);
+        loop {
+            let (first, end) = (seen >> 32, seen & u64::from(u32::MAX));
+            if first >= end {
+                return None;
+            }
+            let (task, left) = if is_owner {
+                (first, (first + 1) << 32 | end)
+            } else {
+                (end - 1, first << 32 | (end - 1))
+            };
+            match (self.0).compare_exchange_weak(seen, left, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(task as usize),
+                Err(now) => seen = now,
+            }
+        }
+    }
 }
 
 struct Scratch(UnsafeCell<AlignedBuf>);
@@ -62,8 +97,8 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
-            state: AtomicU64::new(0),
-            tasks: AtomicUsize::new(0),
+            shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
+            jobs: AtomicU64::new(0),
             unfinished: AtomicUsize::new(0),
             job: AtomicPtr::new(std::ptr::null_mut()),
             stop: AtomicBool::new(false),
@@ -98,7 +133,7 @@ impl Pool {
 
     /// Calls `f(task, worker)` for every task below `tasks` and returns when all are done.
     ///
-    /// `worker` is below [`threads`](Self::threads) and names the thread that runs the task. Tasks start in ascending order.
+    /// `worker` is below [`threads`](Self::threads) and names the thread that runs the task.
     ///
     /// # Panics
     /// When called from inside a task, and with a task's own panic once all tasks are done.
@@ -112,14 +147,17 @@ impl Pool {
         }
         assert!(u32::try_from(tasks).is_ok(), "fewer than 2^32 tasks");
         let job: Job<'_> = f;
-        shared.tasks.store(tasks, Ordering::Relaxed);
         shared.unfinished.store(tasks, Ordering::Relaxed);
         shared
             .job
             .store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
-        let number = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) & u64::from(u32::MAX);
+        let threads = self.threads();
+        for (worker, share) in shared.shares.iter().enumerate() {
+            let first = |worker: usize| (tasks * worker).div_ceil(threads);
+            share.set(first(worker), first(worker + 1));
+        }
         // SeqCst pairs with the worker's "mark asleep, then look once more".
-        shared.state.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        shared.jobs.fetch_add(1, Ordering::SeqCst);
         for (asleep, handle) in shared.asleep.iter().zip(&self.handles).take(tasks - 1) {
             if asleep.load(Ordering::SeqCst) {
                 handle.unpark();
@@ -155,24 +193,19 @@ impl Pool {
 }
 
 impl Shared {
+    /// A task of the worker's own share, or else of the next worker's that has one.
+    fn claim(&self, worker: usize) -> Option<usize> {
+        self.shares[worker].claim(true).or_else(|| {
+            let (before, others) = self.shares.split_at(worker);
+            (others[1..].iter().chain(before)).find_map(|share| share.claim(false))
+        })
+    }
+
     /// Claims and runs tasks until none is left to claim.
     fn run_tasks(&self, worker: usize) {
-        let mut state = self.state.load(Ordering::Acquire);
-        loop {
-            let left = state & u64::from(u32::MAX);
-            if left == 0 {
-                return;
-            }
-            if let Err(seen) =
-                self.state
-                    .compare_exchange_weak(state, state - 1, Ordering::AcqRel, Ordering::Acquire)
-            {
-                state = seen;
-                continue;
-            }
-            // The claimed task keeps its job alive, so these belong to it.
-            let task = self.tasks.load(Ordering::Relaxed) - left as usize;
-            // SAFETY: `run` does not return, and its `job` lives, before this task is counted as finished.
+        while let Some(task) = self.claim(worker) {
+            // SAFETY: the task is of the running job; `run` does not return, and its `job` lives, before it is counted as
+            // finished.
             let job: Job<'_> = unsafe { *self.job.load(Ordering::Relaxed).cast::<Job<'_>>() };
             IN_TASK.set(true);
             let result = catch_unwind(AssertUnwindSafe(|| job(task, worker)));
@@ -187,27 +220,24 @@ impl Shared {
                     .get_or_insert(payload);
             }
             self.unfinished.fetch_sub(1, Ordering::Release);
-            state = self.state.load(Ordering::Acquire);
         }
     }
 
-    fn has_work(&self) -> bool {
-        self.state.load(Ordering::SeqCst) & u64::from(u32::MAX) != 0 || self.stop.load(Ordering::SeqCst)
-    }
-
+    /// Runs tasks of every job that comes.
     fn work(&self, worker: usize) {
         let asleep = &self.asleep[worker - 1];
-        let mut spins = 0;
+        let (mut jobs, mut spins) = (0, 0);
         while !self.stop.load(Ordering::Acquire) {
-            if self.state.load(Ordering::Relaxed) & u64::from(u32::MAX) != 0 {
+            let now = self.jobs.load(Ordering::Acquire);
+            if now != jobs {
                 self.run_tasks(worker);
-                spins = 0;
+                (jobs, spins) = (now, 0);
             } else if spins < SPINS_BEFORE_PARKING {
                 spins += 1;
                 std::hint::spin_loop();
             } else {
                 asleep.store(true, Ordering::SeqCst);
-                while !self.has_work() {
+                while self.jobs.load(Ordering::SeqCst) == jobs && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 asleep.store(false, Ordering::Relaxed);

@@ -253,6 +253,10 @@ unsafe fn strip<S: Simd, A: Activation, const K: usize, const ST: usize, const W
                     let at = source + pixel * ST * LANE_GROUP;
                     let out = tile::<S, K, ST, $pixels>(&line.lines, at, weights, bias);
                     let target = line.out.add(pixel * line.pixel_stride + channel);
+                    // What the next strip will write: a store that misses holds up those behind it.
+                    for p in STRIP_PIXELS..STRIP_PIXELS + $pixels {
+                        S::prefetch(target.wrapping_add(p * line.pixel_stride));
+                    }
                     for (p, v) in A::values::<S, $pixels>(out).into_iter().enumerate() {
                         store::<S, WHOLE>(target.add(p * line.pixel_stride), v, lanes);
                         sum = S::add(sum, v);

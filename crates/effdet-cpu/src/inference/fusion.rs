@@ -33,14 +33,14 @@ pub(super) struct FusedLine<'a, A> {
     pub act: PhantomData<A>,
 }
 
-/// The resampled feature at pixel `x`: one cell, or the largest of a window.
+/// P vectors of the resampled feature at pixel `x`: one cell, or the largest of a window.
 #[inline(always)]
-unsafe fn resampled<S: Simd, const WHOLE: bool>(
+unsafe fn resampled<S: Simd, const P: usize, const WHOLE: bool>(
     input: &FuseInput<'_>,
     (line, x): (usize, usize),
     channels: usize,
     (channel, lanes): (usize, usize),
-) -> S::V {
+) -> [S::V; P] {
     let (rows, columns) = (
         input.resampler.source_lines(line),
         input.resampler.source_columns(x),
@@ -48,23 +48,27 @@ unsafe fn resampled<S: Simd, const WHOLE: bool>(
     let width = input.resampler.input().width;
     // SAFETY: sources lie inside the feature.
     unsafe {
-        let at = |y: usize, x: usize| {
-            load::<S, WHOLE>(input.values.add((y * width + x) * channels + channel), lanes)
+        let at = |y: usize, x: usize, p: usize| {
+            let at = (y * width + x) * channels + channel + p * S::LANES;
+            load::<S, WHOLE>(input.values.add(at), lanes)
         };
-        let mut value = at(rows.start, columns.start);
+        let mut values = std::array::from_fn(|p| at(rows.start, columns.start, p));
         if input.resampler.pools() {
             for y in rows {
                 for x in columns.clone() {
-                    value = S::max(at(y, x), value);
+                    for (p, value) in values.iter_mut().enumerate() {
+                        *value = S::max(at(y, x, p), *value);
+                    }
                 }
             }
         }
-        value
+        values
     }
 }
 
+/// P vectors of pixel `x`.
 #[inline(always)]
-unsafe fn fuse_vector<S: Simd, A: Activation, const WHOLE: bool>(
+unsafe fn fuse_vectors<S: Simd, A: Activation, const P: usize, const WHOLE: bool>(
     line: &FusedLine<'_, A>,
     x: usize,
     channel: usize,
@@ -72,18 +76,24 @@ unsafe fn fuse_vector<S: Simd, A: Activation, const WHOLE: bool>(
 ) {
     // SAFETY: channels of the features and the line.
     unsafe {
-        let mut sum = S::zero();
+        let mut sums = [S::zero(); P];
         for (i, input) in line.inputs.iter().enumerate() {
-            let value = resampled::<S, WHOLE>(input, (line.line, x), line.channels, (channel, lanes));
-            sum = match (input.factor.is_null(), i) {
-                (true, 0) => value,
-                (true, _) => S::add(sum, value),
-                (false, 0) => S::mul(value, load::<S, WHOLE>(input.factor.add(channel), lanes)),
-                (false, _) => S::fma(value, load::<S, WHOLE>(input.factor.add(channel), lanes), sum),
-            };
+            let values = resampled::<S, P, WHOLE>(input, (line.line, x), line.channels, (channel, lanes));
+            for (p, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
+                let factor = || load::<S, WHOLE>(input.factor.add(channel + p * S::LANES), lanes);
+                *sum = match (input.factor.is_null(), i) {
+                    (true, 0) => value,
+                    (true, _) => S::add(*sum, value),
+                    (false, 0) => S::mul(value, factor()),
+                    (false, _) => S::fma(value, factor(), *sum),
+                };
+            }
         }
-        let at = channel / LANE_GROUP * line.group_stride + x * line.pixel_stride + channel % LANE_GROUP;
-        store::<S, WHOLE>(line.out.add(at), A::value::<S>(sum), lanes);
+        for (p, v) in A::values::<S, P>(sums).into_iter().enumerate() {
+            let channel = channel + p * S::LANES;
+            let at = channel / LANE_GROUP * line.group_stride + x * line.pixel_stride + channel % LANE_GROUP;
+            store::<S, WHOLE>(line.out.add(at), v, lanes);
+        }
     }
 }
 
@@ -93,12 +103,16 @@ unsafe fn fuse_line_body<S: Simd, A: Activation>(line: &FusedLine<'_, A>) {
         let mut channel = 0;
         // SAFETY: channels of the features and the line.
         unsafe {
+            while channel + 4 * S::LANES <= line.channels {
+                fuse_vectors::<S, A, 4, true>(line, x, channel, S::LANES);
+                channel += 4 * S::LANES;
+            }
             while channel + S::LANES <= line.channels {
-                fuse_vector::<S, A, true>(line, x, channel, S::LANES);
+                fuse_vectors::<S, A, 1, true>(line, x, channel, S::LANES);
                 channel += S::LANES;
             }
             if channel < line.channels {
-                fuse_vector::<S, A, false>(line, x, channel, line.channels - channel);
+                fuse_vectors::<S, A, 1, false>(line, x, channel, line.channels - channel);
             }
         }
     }

@@ -7,8 +7,11 @@ use std::marker::PhantomData;
 
 use crate::kernels::gemm::PANEL;
 use crate::kernels::row_sweeps::{load, store};
-use crate::math::Activation;
+use crate::math::{Activation, activations};
 use crate::simd::{Simd, dispatch};
+
+/// Values of the left operand between what is read and what is fetched, at least.
+const FETCHED_VALUES: usize = 2048;
 
 /// Lines that the rows of a left operand may be put together from.
 pub(super) const LINES: usize = 3;
@@ -64,7 +67,13 @@ impl Product {
 /// # Safety
 /// Implementations hold pointers; whoever makes one answers for these being valid for the product's rows and columns.
 pub(super) trait Sink {
-    /// Takes one vector of a row; its lanes reach past the columns unless `WHOLE`, and `lanes` are inside.
+    /// What becomes of elements before they are stored.
+    type Act: Activation;
+
+    /// Has the cache lines of a row fetched that will be read and written from `column` on.
+    unsafe fn fetch<S: Simd>(&self, row: usize, column: usize);
+
+    /// Stores one activated vector of a row; its lanes reach past the columns unless `WHOLE`, and `lanes` are inside.
     unsafe fn put<S: Simd, const WHOLE: bool>(&self, row: usize, column: usize, lanes: usize, v: S::V);
 }
 
@@ -79,6 +88,20 @@ pub(super) struct Rows {
 }
 
 impl Sink for Rows {
+    type Act = activations::Identity;
+
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, row: usize, column: usize) {
+        let at = row * self.stride + column;
+        // SAFETY: the caller promises the instruction set; any address may be fetched.
+        unsafe {
+            S::prefetch(self.out.wrapping_add(at));
+            if !self.residual.is_null() {
+                S::prefetch(self.residual.wrapping_add(at));
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn put<S: Simd, const WHOLE: bool>(&self, row: usize, column: usize, lanes: usize, mut v: S::V) {
         let at = row * self.stride + column;
@@ -102,11 +125,17 @@ pub(super) struct Line<A> {
 }
 
 impl<A: Activation> Sink for Line<A> {
+    type Act = A;
+
+    /// Line buffers stay in the caches.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, _row: usize, _column: usize) {}
+
     #[inline(always)]
     unsafe fn put<S: Simd, const WHOLE: bool>(&self, row: usize, column: usize, _lanes: usize, v: S::V) {
         let at = column / PANEL * self.group_stride + row * PANEL + column % PANEL;
         // SAFETY: inside the line.
-        unsafe { S::store(self.out.add(at), A::value::<S>(v)) }
+        unsafe { S::store(self.out.add(at), v) }
     }
 }
 
@@ -131,9 +160,17 @@ unsafe fn tile<S: Simd, K: Sink, const R: usize, const V: usize>(
             column / PANEL * p.b_panel_stride + column % PANEL
         };
         let mut b: [*const f32; V] = std::array::from_fn(|j| p.b.add(panel(j)));
+        for i in 0..R {
+            for j in 0..V {
+                sink.fetch::<S>(row + i, column + j * S::LANES);
+            }
+        }
         for line in p.lines.iter().take(p.line_count) {
             let mut a = line.add(row * p.a_stride);
+            let mut fetch = a.wrapping_add(FETCHED_VALUES.max(R * p.a_stride));
             for _ in 0..p.depth {
+                S::prefetch(fetch);
+                fetch = fetch.wrapping_add(R);
                 let mut vectors = [S::zero(); V];
                 for (vector, b) in vectors.iter_mut().zip(&mut b) {
                     *vector = S::load(*b);
@@ -150,7 +187,7 @@ unsafe fn tile<S: Simd, K: Sink, const R: usize, const V: usize>(
         }
         let whole = column + V * S::LANES <= p.columns;
         for (i, sums) in sums.into_iter().enumerate() {
-            for (j, v) in sums.into_iter().enumerate() {
+            for (j, v) in K::Act::values::<S, V>(sums).into_iter().enumerate() {
                 let column = column + j * S::LANES;
                 if whole {
                     sink.put::<S, true>(row + i, column, S::LANES, v);
