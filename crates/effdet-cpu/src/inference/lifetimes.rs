@@ -1,7 +1,7 @@
 //! Places buffers with known lifetimes in one arena.
 
 use crate::arena::{Bump, Lifetime};
-use crate::memory::place;
+use crate::memory::{Preference, place};
 
 /// A buffer that the planner places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Lifetimes {
         let asked: Vec<_> = (self.buffers.iter())
             .map(|buffer| (Bump::room(buffer.len), buffer.lifetime))
             .collect();
-        let (offsets, len) = place(&asked);
+        let (offsets, len) = place(&asked, Preference::Centred, Bump::room(1));
         Placement { offsets, len }
     }
 }
