@@ -186,7 +186,9 @@ pub(crate) fn place(
         }
         if preference == Preference::Centred {
             let is_free = |offset: usize| {
-                neighbours().all(|&other| offset + size <= offsets[other] || offsets[other] + buffers[other].0 <= offset)
+                neighbours().all(|&other| {
+                    offset + size <= offsets[other] || offsets[other] + buffers[other].0 <= offset
+                })
             };
             let centred = order[..placed.len()].iter().find_map(|&larger| {
                 let offset = offsets[larger] + (buffers[larger].0 - size) / 2 / unit * unit;

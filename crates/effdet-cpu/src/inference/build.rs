@@ -62,6 +62,18 @@ fn sum(costs: impl Iterator<Item = (usize, usize)>) -> (usize, usize) {
     costs.fold((0, 0), |(macs, values), cost| (macs + cost.0, values + cost.1))
 }
 
+/// Tasks in order of where they start on their maps, each given as `(start, length of the map)`.
+///
+/// Workers take tasks in equal shares. In this order a worker has the same part of all maps in one step after the other, whose
+/// lines are still in its cache.
+fn from_top_to_bottom<T>(mut tasks: Vec<T>, place: impl Fn(&T) -> (usize, usize)) -> Vec<T> {
+    tasks.sort_by(|a, b| {
+        let ((a, of_a), (b, of_b)) = (place(a), place(b));
+        (a * of_b).cmp(&(b * of_a))
+    });
+    tasks
+}
+
 struct Builder<'a> {
     network: &'a Network,
     act: Act,
@@ -96,6 +108,9 @@ impl Builder<'_> {
         let tasks = (layers.iter().enumerate())
             .flat_map(|(index, layer)| layer.tasks().into_iter().map(move |task| (index, task)))
             .collect();
+        let tasks = from_top_to_bottom(tasks, |(layer, task)| {
+            (task.top, layers[*layer].geometry.output.height)
+        });
         self.push(stage, Kernel::FusedDepthwise, cost, Work::Bands(layers, tasks));
     }
 
@@ -104,6 +119,7 @@ impl Builder<'_> {
         let tasks = (layers.iter().enumerate())
             .flat_map(|(index, layer)| layer.tasks().into_iter().map(move |rows| (index, rows)))
             .collect();
+        let tasks = from_top_to_bottom(tasks, |(layer, rows)| (rows.start, layers[*layer].rows));
         self.push(stage, Kernel::Pointwise, cost, Work::Pointwise(layers, tasks));
     }
 
@@ -265,8 +281,6 @@ impl Builder<'_> {
             });
         }
         let mut matched: std::collections::VecDeque<Slot> = matches.iter().map(|layer| layer.out).collect();
-        // Long tasks first, so that the threads end together.
-        matches.sort_by_key(|layer| std::cmp::Reverse(layer.rows * layer.dense.inputs));
         if !matches.is_empty() {
             self.push_pointwise(Stage::Pyramid, matches);
         }
@@ -367,7 +381,7 @@ impl Builder<'_> {
                     *input = out;
                 }
             }
-            self.push_heads(layers);
+            self.push_bands(Stage::Heads, layers);
         }
         let mut layers = Vec::new();
         for ((inputs, head), output) in inputs.iter().zip(heads).zip([Output::Class, Output::Box]) {
@@ -377,7 +391,7 @@ impl Builder<'_> {
                 layers.push(self.separable(source, &head.predict, None, level.map, target));
             }
         }
-        self.push_heads(layers);
+        self.push_bands(Stage::Heads, layers);
     }
 
     fn plain(&mut self, input: Slot, map: effdet_model::network::MapSize) -> Source {
@@ -386,16 +400,6 @@ impl Builder<'_> {
             factors: None,
             act: Act::Identity,
         }
-    }
-
-    /// Long tasks first, so that the threads end together.
-    fn push_heads(&mut self, mut layers: Vec<BandLayer>) {
-        let work = |layer: &BandLayer| match &layer.target {
-            Target::Pointwise { conv, .. } => layer.geometry.output.cells() * conv.outputs,
-            Target::Tensor { .. } => 0,
-        };
-        layers.sort_by_key(|layer| std::cmp::Reverse(work(layer)));
-        self.push_bands(Stage::Heads, layers);
     }
 
     fn finish(mut self) -> Layout {
