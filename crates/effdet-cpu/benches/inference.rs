@@ -39,7 +39,7 @@ fn main() {
         "{preset}, {threads} threads, {}, made in {:.1} ms, {:?}",
         plan.isa(),
         1e3 * clock.elapsed().as_secs_f64(),
-        plan.memory()
+        plan.memory(threads, 1)
     );
     let size = network.hparams.image_size;
     let mut draws = Draws::new(0, Purpose::Synthetic, 0, 0);

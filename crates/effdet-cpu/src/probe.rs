@@ -110,6 +110,14 @@ impl Work {
             bytes: 4 * values as u64,
         }
     }
+
+    /// The same work several times.
+    pub(crate) fn times(self, times: usize) -> Self {
+        Self {
+            flops: self.flops * times as u64,
+            bytes: self.bytes * times as u64,
+        }
+    }
 }
 
 /// Listens to a pass.

@@ -3,8 +3,9 @@
 //! Batch norm is folded into the weights, which are packed once. Every MBConv block is two passes: expansion, depthwise
 //! convolution and activation in one, where the wide tensor between them exists only as a ring of lines in the cache; and the
 //! projection, whose weights carry the squeeze-and-excitation gate. A pyramid node or a layer of a head is a single pass.
-//! Activations live in one arena, placed by lifetimes. Images run one after the other, so that memory and cost per image do
-//! not grow with the batch.
+//! Activations live in one arena, placed by lifetimes. Of a batch, every worker takes an image of its own as long as there is one
+//! for each, in an arena of its own: workers then share nothing but the weights. What is left, all take together. So memory
+//! stops growing at as many images as there are workers.
 //!
 //! # Determinism
 //! The same bits for every instruction set and every number of threads, by the rules of the [kernels](crate::kernels).
@@ -32,12 +33,15 @@ use self::build::{Layout, Step, Work};
 use self::fingerprint::fingerprint;
 use self::fold::{Constants, Variables};
 use self::lifetimes::Placement;
-use self::run::Run;
+use self::run::{Run, Workers};
 use crate::arena::{AlignedBuf, SharedPtr};
 use crate::engine::{CpuOptions, check_weights, executor};
 use crate::kernels::Executor;
 use crate::probe::{Kernel, Probe, Stage, Work as Cost};
 use crate::simd::Isa;
+
+/// Bytes of arenas from which on workers do not have one each.
+const MOST_ARENAS_BYTES: usize = 1 << 30;
 
 /// A network with fixed weights, ready to run.
 ///
@@ -55,7 +59,7 @@ pub struct InferencePlan {
 pub struct PlanMemory {
     /// Folded and packed weights.
     pub weights_bytes: usize,
-    /// The arena of activations, for any batch size.
+    /// The arenas of activations.
     pub activations_bytes: usize,
     /// Line buffers of all threads.
     pub scratch_bytes: usize,
@@ -101,9 +105,9 @@ impl InferencePlan {
         self.executor.pool().threads()
     }
 
-    /// What the plan takes beside images and outputs.
-    pub fn memory(&self) -> PlanMemory {
-        self.plan.memory(self.threads())
+    /// What the plan takes on a number of threads for batches of a number of images, beside these and the outputs.
+    pub fn memory(&self, threads: usize, images: usize) -> PlanMemory {
+        self.plan.memory(threads, images)
     }
 
     /// Runs the network on images.
@@ -131,7 +135,8 @@ pub(crate) struct Plan {
     /// Fingerprint of the weights that the constants were made from.
     weights: u64,
     placement: Placement,
-    arena: AlignedBuf,
+    /// One for each image that is at work.
+    arenas: Vec<AlignedBuf>,
 }
 
 impl fmt::Debug for Plan {
@@ -139,7 +144,7 @@ impl fmt::Debug for Plan {
         f.debug_struct("Plan")
             .field("steps", &self.steps.len())
             .field("constants", &self.constants)
-            .field("arena", &self.arena)
+            .field("arenas", &self.arenas)
             .finish_non_exhaustive()
     }
 }
@@ -158,7 +163,7 @@ impl Plan {
             constants: AlignedBuf::zeroed(layout.len()),
             layout,
             weights: 0,
-            arena: AlignedBuf::zeroed(placement.len()),
+            arenas: vec![AlignedBuf::zeroed(placement.len())],
             placement,
         }
     }
@@ -193,7 +198,21 @@ impl Plan {
         self.layout.write(executor, variables, &mut self.constants);
     }
 
-    fn memory(&self, threads: usize) -> PlanMemory {
+    /// How many of `images` images go to one of `threads` threads each.
+    fn images_alone(&self, threads: usize, images: usize) -> usize {
+        let arenas = threads * self.placement.len() * size_of::<f32>();
+        if threads == 1 || arenas > MOST_ARENAS_BYTES {
+            return 0;
+        }
+        images - images % threads
+    }
+
+    fn memory(&self, threads: usize, images: usize) -> PlanMemory {
+        let arenas = if self.images_alone(threads, images) > 0 {
+            threads
+        } else {
+            1
+        };
         let scratch = |step: &Step| match &step.work {
             Work::Bands(layers, tasks) => (tasks.iter())
                 .map(|(index, task)| layers[*index].scratch_len(task))
@@ -206,12 +225,12 @@ impl Plan {
         let bytes = |values: usize| values * size_of::<f32>();
         PlanMemory {
             weights_bytes: bytes(self.constants.len()),
-            activations_bytes: bytes(self.arena.len()),
+            activations_bytes: bytes(self.placement.len()) * arenas,
             scratch_bytes: bytes(scratch) * threads,
         }
     }
 
-    /// Runs images of the network's size one after the other.
+    /// Runs images of the network's size.
     pub(crate) fn run(
         &mut self,
         network: &Network,
@@ -231,46 +250,65 @@ impl Plan {
             output.class_logits.resize(cells * class_channels, 0.0);
             output.box_codes.resize(cells * box_channels, 0.0);
         }
-        let pixels = images.height * images.width * 3;
-        for (image, pixels) in images.pixels.chunks_exact(pixels).enumerate() {
-            let outputs: Vec<[SharedPtr<f32>; 2]> = (outputs.levels.iter_mut())
-                .map(|level| {
-                    let of_image = |values: &mut Vec<f32>| {
+        let outputs: Vec<Vec<[SharedPtr<f32>; 2]>> = (0..images.batch)
+            .map(|image| {
+                let of_level = |level: &mut LevelOutput| {
+                    [&mut level.class_logits, &mut level.box_codes].map(|values| {
                         let len = values.len() / images.batch;
                         SharedPtr::new(&mut values[image * len..(image + 1) * len])
-                    };
-                    [of_image(&mut level.class_logits), of_image(&mut level.box_codes)]
-                })
-                .collect();
+                    })
+                };
+                outputs.levels.iter_mut().map(of_level).collect()
+            })
+            .collect();
+        let pool = executor.pool();
+        let alone = self.images_alone(pool.threads(), images.batch);
+        if alone > 0 {
+            let len = self.placement.len();
+            self.arenas
+                .resize_with(pool.threads().max(self.arenas.len()), || AlignedBuf::zeroed(len));
+        }
+        let arenas: Vec<SharedPtr<f32>> = (self.arenas.iter_mut())
+            .map(|arena| SharedPtr::new(arena))
+            .collect();
+        let pixels = images.height * images.width * 3;
+        let run = |image: usize, workers: Workers| {
             let run = Run {
                 executor,
+                workers,
                 placement: &self.placement,
-                arena: SharedPtr::new(&mut self.arena),
+                arena: match workers {
+                    Workers::All => arenas[0],
+                    Workers::One(worker) => arenas[worker],
+                },
                 constants: &self.constants,
-                pixels,
-                outputs: &outputs,
+                pixels: &images.pixels[image * pixels..(image + 1) * pixels],
+                outputs: &outputs[image],
             };
             for step in &self.steps {
-                executor.enter(step.stage);
-                let _report = executor.report(step.kernel, step.cost);
+                run.enter(step.stage);
+                let _report = run.report(step.kernel, step.cost);
                 step.run(&run);
             }
+        };
+        pool.run(alone, &|image, worker| run(image, Workers::One(worker)));
+        for image in alone..images.batch {
+            run(image, Workers::All);
         }
     }
 }
 
 impl Step {
     fn run(&self, run: &Run<'_>) {
-        let pool = run.executor.pool();
         // SAFETY: the layout places buffers so that what a step reads and writes is apart and was written by earlier steps; the
-        // tasks of a step write disjoint parts.
+        // tasks of a step write disjoint parts; no other run has the arena or the outputs.
         match &self.work {
-            Work::Bands(layers, tasks) => pool.run(tasks.len(), &|task, worker| {
+            Work::Bands(layers, tasks) => run.each(tasks.len(), &|task, worker| {
                 let (layer, task) = &tasks[task];
                 // SAFETY: see above.
                 unsafe { layers[*layer].run(run, task, worker) }
             }),
-            Work::Pointwise(layers, tasks) => pool.run(tasks.len(), &|task, worker| {
+            Work::Pointwise(layers, tasks) => run.each(tasks.len(), &|task, worker| {
                 let (layer, rows) = &tasks[task];
                 // SAFETY: see above.
                 unsafe { layers[*layer].run(run, rows.clone(), worker) }

@@ -10,6 +10,7 @@ use crate::arena::SharedPtr;
 use crate::kernels::gemm::PANEL;
 use crate::kernels::se;
 use crate::math::Act;
+use crate::probe::Kernel;
 use crate::simd::{Simd, dispatch};
 
 /// Rows that are gated at a time: few enough to stay in the L2 cache beside the weights.
@@ -185,7 +186,9 @@ impl Excitation {
                 hidden: &mut hidden,
                 gate: &mut gate,
             };
-            se::excite(run.executor, args);
+            let report = run.report(Kernel::SqueezeExcite, args.work());
+            se::excite_alone(run.isa(), args);
+            drop(report);
             let gated = match self.gate {
                 Gate::None => return,
                 Gate::Rows(slot) => {
@@ -200,7 +203,7 @@ impl Excitation {
             };
             let panels = self.project.outputs.div_ceil(PANEL);
             let panel_len = self.channels * PANEL;
-            run.executor.pool().run(panels, &|panel, _| {
+            run.each(panels, &|panel, _| {
                 let at = panel * panel_len;
                 scale_rows(
                     run.isa(),

@@ -2,13 +2,24 @@
 
 use super::lifetimes::{Placement, Slot};
 use crate::arena::SharedPtr;
-use crate::kernels::Executor;
+use crate::kernels::{Executor, Report};
+use crate::probe::{Kernel, Stage, Work};
 use crate::simd::Isa;
+
+/// Who computes a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Workers {
+    /// All of the pool together.
+    All,
+    /// This one, inside a task of the pool, while the others have images of their own.
+    One(usize),
+}
 
 /// One run over one image.
 #[derive(Debug)]
 pub(super) struct Run<'a> {
     pub executor: &'a Executor,
+    pub workers: Workers,
     pub placement: &'a Placement,
     pub arena: SharedPtr<f32>,
     pub constants: &'a [f32],
@@ -30,6 +41,36 @@ pub(super) enum Output {
 }
 
 impl Run<'_> {
+    /// Calls `f(task, worker)` for every task below `tasks`.
+    pub(super) fn each(&self, tasks: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+        match self.workers {
+            Workers::All => self.executor.pool().run(tasks, f),
+            Workers::One(worker) => (0..tasks).for_each(|task| f(task, worker)),
+        }
+    }
+
+    /// Says that what follows belongs to `stage`.
+    pub(super) fn enter(&self, stage: Stage) {
+        if self.speaks_for().is_some() {
+            self.executor.enter(stage);
+        }
+    }
+
+    /// Reports `kernel` when the guard goes out of scope.
+    pub(super) fn report(&self, kernel: Kernel, work: Work) -> Option<Report<'_>> {
+        let workers = self.speaks_for()?;
+        Some(self.executor.report(kernel, work.times(workers)))
+    }
+
+    /// How many runs this one reports for: where every worker has an image, the one on the calling thread speaks for all.
+    fn speaks_for(&self) -> Option<usize> {
+        match self.workers {
+            Workers::All => Some(1),
+            Workers::One(0) => Some(self.executor.pool().threads()),
+            Workers::One(_) => None,
+        }
+    }
+
     pub(super) fn isa(&self) -> Isa {
         self.executor.isa()
     }

@@ -11,7 +11,7 @@ use super::row_sweeps::{Sweep, fetch_distance, load, sweep};
 use crate::arena::SharedPtr;
 use crate::math::{Act, Activation, sigmoid, with_activation};
 use crate::probe::{Kernel, Work};
-use crate::simd::{Simd, dispatch};
+use crate::simd::{Isa, Simd, dispatch};
 use crate::storage::Stored;
 
 /// Tasks that the weight gradients are cut into.
@@ -184,6 +184,21 @@ pub struct Excite<'a> {
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
 pub fn excite(executor: &Executor, args: Excite<'_>) {
+    let images = args.mean.len() / args.weights.check().0;
+    let _report = executor.report(Kernel::SqueezeExcite, args.work());
+    excite_with(executor.isa(), args, |f| executor.pool().run(images, f));
+}
+
+/// [`excite`] for one image on the calling thread.
+///
+/// # Panics
+/// As [`excite`].
+pub(crate) fn excite_alone(isa: Isa, args: Excite<'_>) {
+    excite_with(isa, args, |f| f(0, 0));
+}
+
+/// `each` calls what it is given for every image.
+fn excite_with(isa: Isa, args: Excite<'_>, each: impl FnOnce(&(dyn Fn(usize, usize) + Sync))) {
     let Excite {
         weights,
         act,
@@ -196,9 +211,8 @@ pub fn excite(executor: &Executor, args: Excite<'_>) {
     check("mean", mean.len(), images * channels);
     check("hidden", hidden.len(), images * squeezed);
     check("gate", gate.len(), images * channels);
-    let _report = executor.report(Kernel::SqueezeExcite, work(images, channels, squeezed, 1));
     let (hidden, gate) = (SharedPtr::new(hidden), SharedPtr::new(gate));
-    executor.pool().run(images, &|image, _| {
+    each(&|image, _| {
         let mut activated = vec![0.0; squeezed];
         // SAFETY: the sizes are checked above, and every image has its own parts.
         unsafe {
@@ -209,9 +223,16 @@ pub fn excite(executor: &Executor, args: Excite<'_>) {
                 activated: &mut activated,
                 gate: part(gate, image, channels),
             };
-            with_activation!(act, A => excite_image::<A>(executor.isa(), step));
+            with_activation!(act, A => excite_image::<A>(isa, step));
         }
     });
+}
+
+impl Excite<'_> {
+    pub(crate) fn work(&self) -> Work {
+        let (channels, squeezed) = self.weights.check();
+        work(self.mean.len() / channels, channels, squeezed, 1)
+    }
 }
 
 impl Weights<'_> {

@@ -274,11 +274,11 @@ fn an_engine_notices_when_weights_change() {
 }
 
 #[test]
-fn memory_does_not_grow_with_the_batch_and_stays_below_the_sum_of_activations() {
+fn memory_grows_to_an_arena_per_thread_and_stays_below_the_sum_of_activations() {
     let network = network("d0", (512, 512), |_| {});
     let weights = Weights::init(&network.variables, 0);
     let plan = InferencePlan::new(Arc::clone(&network), &weights, TWO_THREADS).unwrap();
-    let memory = plan.memory();
+    let memory = plan.memory(2, 1);
     let parameters = 4 * (weights.trainable.len() + weights.statistics.len());
     assert!(memory.weights_bytes < parameters * 5 / 4, "{memory:?}");
     // The widest tensor is that of stack_1/block_1, 128·128·144 values; its input and output are alive beside it.
@@ -288,6 +288,17 @@ fn memory_does_not_grow_with_the_batch_and_stays_below_the_sum_of_activations() 
         "{memory:?}"
     );
     assert!(memory.scratch_bytes < 2 << 20, "{memory:?}");
+    for (threads, images, arenas) in [
+        (1, 8, 1),
+        (2, 2, 2),
+        (2, 9, 2),
+        (4, 3, 1),
+        (4, 64, 4),
+        (256, 256, 1),
+    ] {
+        let bytes = plan.memory(threads, images).activations_bytes;
+        assert_eq!(bytes, arenas * memory.activations_bytes, "{images} on {threads}");
+    }
 }
 
 #[test]

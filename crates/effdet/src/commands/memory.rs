@@ -10,6 +10,7 @@ use effdet_model::hparams::{HParams, ImageSize};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
+use super::engine::chosen_threads;
 use super::host;
 use super::run_config::RunConfig;
 use crate::cli::{BatchSize, StepMemory, TrainArgs};
@@ -21,10 +22,45 @@ const BATCHES: u64 = 4;
 /// Largest batch that is chosen automatically.
 const LARGEST_BATCH: usize = 256;
 
-/// What a rank's training takes, evaluation included.
-///
-/// `images`: of a micro-batch. The figure holds what grows with network and batch; images of the data set are read one by one.
-pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize, memory: StepMemory) -> Result<u64> {
+/// What a rank does that decides how much memory it takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Demand {
+    /// Of a micro-batch.
+    pub images: usize,
+    /// Micro-batches of an update.
+    pub accumulate: usize,
+    /// Each evaluates an image of its own.
+    pub threads: usize,
+    /// What a step keeps.
+    pub memory: StepMemory,
+}
+
+impl Demand {
+    /// That of a run with this configuration.
+    pub fn of(args: &TrainArgs, config: &RunConfig) -> Self {
+        Self {
+            images: config.train.batch_size,
+            accumulate: config.train.accumulate,
+            threads: chosen_threads(&args.engine),
+            memory: args.step_memory(config.train.precision),
+        }
+    }
+
+    /// What a rank's training takes, evaluation included.
+    ///
+    /// The figure holds what grows with network and batch; images of the data set are read one by one.
+    pub fn bytes(self, hparams: &HParams) -> Result<u64> {
+        needed_bytes(hparams, self)
+    }
+}
+
+fn needed_bytes(hparams: &HParams, demand: Demand) -> Result<u64> {
+    let Demand {
+        images,
+        accumulate,
+        threads,
+        memory,
+    } = demand;
     let network = Arc::new(Network::new(hparams)?);
     let options = CpuOptions {
         threads: 1,
@@ -34,7 +70,7 @@ pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize, memory:
     };
     let engine = CpuEngine::new(Arc::clone(&network), options)?;
     let table = &network.variables;
-    let evaluation = InferencePlan::new(Arc::clone(&network), &Weights::zeros(table), options)?.memory();
+    let evaluation = InferencePlan::new(Arc::clone(&network), &Weights::zeros(table), options)?;
     let slots = match hparams.optimizer {
         effdet_model::hparams::OptimizerKind::Adam => 2,
         effdet_model::hparams::OptimizerKind::Sgd => 1,
@@ -50,7 +86,7 @@ pub fn needed_bytes(hparams: &HParams, images: usize, accumulate: usize, memory:
     let outputs = (images * network.num_anchors() * (hparams.num_classes + 4)) as u64;
     Ok(BASE_BYTES
         + engine.training_memory(images).total_bytes() as u64
-        + evaluation.total_bytes() as u64
+        + evaluation.memory(threads, threads).total_bytes() as u64
         + 4 * (values + batches + outputs))
 }
 
@@ -81,10 +117,15 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                 )
             };
             let accumulate = args.accumulate.max(1);
-            let memory = args.step_memory(args.new_precision());
+            let of_one = Demand {
+                images: 1,
+                accumulate,
+                threads: chosen_threads(&args.engine),
+                memory: args.step_memory(args.new_precision()),
+            };
             let mut chosen = None;
             let mut images = 1;
-            while images <= LARGEST_BATCH && needed_bytes(hparams, images, accumulate, memory)? <= bytes {
+            while images <= LARGEST_BATCH && (Demand { images, ..of_one }).bytes(hparams)? <= bytes {
                 chosen = Some(images);
                 images *= 2;
             }
@@ -98,7 +139,7 @@ pub fn batch_size(args: &TrainArgs, hparams: &HParams, default: usize) -> Result
                     }
                     Ok(images)
                 }
-                None => Err(refusal(hparams, (1, accumulate, memory), bytes, whose)?),
+                None => Err(refusal(hparams, of_one, bytes, whose)?),
             }
         }
     }
@@ -109,32 +150,31 @@ pub fn check(args: &TrainArgs, config: &RunConfig) -> Result<Option<String>> {
     let Some((bytes, whose)) = allowed(args.memory_limit) else {
         return Ok(None);
     };
-    let train = &config.train;
-    let memory = args.step_memory(train.precision);
-    let (images, accumulate) = (train.batch_size, train.accumulate);
-    let needed = needed_bytes(&config.hparams, images, accumulate, memory)?;
+    let demand = Demand::of(args, config);
+    let needed = demand.bytes(&config.hparams)?;
     if needed > bytes && !args.ignore_memory {
-        let batch = (images, accumulate, memory);
-        return Err(refusal(&config.hparams, batch, bytes, whose)?);
+        return Err(refusal(&config.hparams, demand, bytes, whose)?);
     }
     Ok(Some(format!("needs {} of {} {whose}", gb(needed), gb(bytes))))
 }
 
 /// The message with the three cheapest remedies, cheapest in what they change.
-fn refusal(
-    hparams: &HParams,
-    (images, accumulate, memory): (usize, usize, StepMemory),
-    bytes: u64,
-    whose: &str,
-) -> Result<anyhow::Error> {
-    let needed = needed_bytes(hparams, images, accumulate, memory)?;
+fn refusal(hparams: &HParams, demand: Demand, bytes: u64, whose: &str) -> Result<anyhow::Error> {
+    let Demand {
+        images,
+        accumulate,
+        memory,
+        ..
+    } = demand;
+    let with = |memory: StepMemory| Demand { memory, ..demand }.bytes(hparams);
+    let needed = demand.bytes(hparams)?;
     let mut remedies = Vec::new();
     if !memory.grad_checkpoint {
         let again = StepMemory {
             grad_checkpoint: true,
             ..memory
         };
-        let takes = needed_bytes(hparams, images, accumulate, again)?;
+        let takes = with(again)?;
         if takes <= bytes {
             remedies.push(format!("--grad-checkpoint takes {}", gb(takes)));
         }
@@ -144,7 +184,7 @@ fn refusal(
             precision: Precision::Fp16,
             ..memory
         };
-        let takes = needed_bytes(hparams, images, accumulate, halves)?;
+        let takes = with(halves)?;
         if takes <= bytes {
             remedies.push(format!("--precision fp16 takes {}", gb(takes)));
         }
@@ -154,7 +194,12 @@ fn refusal(
         .filter(|smaller| images.is_multiple_of(*smaller))
     {
         let times = accumulate * (images / smaller);
-        let takes = needed_bytes(hparams, smaller, times, memory)?;
+        let batch = Demand {
+            images: smaller,
+            accumulate: times,
+            ..demand
+        };
+        let takes = batch.bytes(hparams)?;
         if takes <= bytes {
             remedies.push(format!(
                 "--batch-size {smaller} --accumulate {times} takes {} for updates of as many images",
@@ -171,15 +216,10 @@ fn refusal(
             height: scaled(height),
             width: scaled(width),
         };
-        let takes = needed_bytes(
-            &HParams {
-                image_size,
-                ..hparams.clone()
-            },
-            images,
-            accumulate,
-            memory,
-        )?;
+        let takes = demand.bytes(&HParams {
+            image_size,
+            ..hparams.clone()
+        })?;
         if takes <= bytes && image_size != hparams.image_size {
             remedies.push(format!("--image-size {image_size} takes {}", gb(takes)));
             break;
@@ -188,7 +228,7 @@ fn refusal(
     for model in ["d4", "d3", "d2", "d1", "d0", "lite0"] {
         let mut other = HParams::preset(model)?;
         (other.image_size, other.num_classes) = (hparams.image_size, hparams.num_classes);
-        let takes = needed_bytes(&other, images, accumulate, memory)?;
+        let takes = demand.bytes(&other)?;
         if takes <= bytes && other.name != hparams.name && takes < needed {
             remedies.push(format!("--model {model} at this image size takes {}", gb(takes)));
             break;
@@ -215,18 +255,25 @@ mod tests {
         let mut hparams = HParams::preset("d1").unwrap();
         hparams.image_size = ImageSize::square(256);
         let kept = StepMemory::default();
-        let needed = needed_bytes(&hparams, 8, 1, kept).unwrap();
-        assert!(needed > needed_bytes(&hparams, 4, 1, kept).unwrap());
+        let demand = |images, accumulate, memory| Demand {
+            images,
+            accumulate,
+            threads: 2,
+            memory,
+        };
+        let bytes = |images, accumulate, memory| demand(images, accumulate, memory).bytes(&hparams).unwrap();
+        let needed = bytes(8, 1, kept);
+        assert!(needed > bytes(4, 1, kept));
         let refused = |memory, bytes| {
-            let error = refusal(&hparams, (8, 1, memory), bytes, "free").unwrap();
+            let error = refusal(&hparams, demand(8, 1, memory), bytes, "free").unwrap();
             error.to_string()
         };
         let again = StepMemory {
             grad_checkpoint: true,
             ..kept
         };
-        let least = needed_bytes(&hparams, 8, 1, again).unwrap();
-        let halved = needed_bytes(&hparams, 4, 2, kept).unwrap();
+        let least = bytes(8, 1, again);
+        let halved = bytes(4, 2, kept);
         let message = refused(kept, least.max(halved));
         for remedy in [
             "--grad-checkpoint takes",
@@ -235,7 +282,7 @@ mod tests {
         ] {
             assert!(message.contains(remedy), "{message}");
         }
-        let message = refused(again, needed_bytes(&hparams, 4, 2, again).unwrap());
+        let message = refused(again, bytes(4, 2, again));
         for remedy in ["--batch-size 4 --accumulate 2", "--image-size", "--model d0"] {
             assert!(message.contains(remedy), "{message}");
         }

@@ -62,17 +62,11 @@ pub fn plan(args: &TrainArgs, config: &RunConfig, data: &RunData) -> Result<Stri
 
 /// What one rank takes, against what this machine has.
 fn memory(args: &TrainArgs, config: &RunConfig) -> Result<String> {
-    let train = &config.train;
     Ok(match memory::check(args, config) {
         Ok(Some(text)) => text,
         Ok(None) => format!(
             "needs {}",
-            memory::gb(memory::needed_bytes(
-                &config.hparams,
-                train.batch_size,
-                train.accumulate,
-                args.step_memory(train.precision)
-            )?)
+            memory::gb(memory::Demand::of(args, config).bytes(&config.hparams)?)
         ),
         // A plan may be for another machine.
         Err(refusal) => refusal.to_string(),

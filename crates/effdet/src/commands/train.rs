@@ -294,12 +294,7 @@ fn execute(
             tell!("memory: {memory}");
         }
     }
-    let needed = memory::needed_bytes(
-        &config.hparams,
-        config.train.batch_size,
-        config.train.accumulate,
-        args.step_memory(config.train.precision),
-    )?;
+    let needed = memory::Demand::of(args, config).bytes(&config.hparams)?;
     let cache = image_cache(
         &args.cache,
         &config.hparams,

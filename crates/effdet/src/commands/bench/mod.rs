@@ -228,7 +228,7 @@ fn time_inference(
         threads: plan.threads(),
         times_s,
         memory: None,
-        predicted_bytes: plan.memory().total_bytes() + beside_bytes,
+        predicted_bytes: plan.memory(plan.threads(), options.batch_size).total_bytes() + beside_bytes,
         beside_bytes,
     })
 }
