@@ -138,6 +138,11 @@ impl Pool {
     /// # Panics
     /// When called from inside a task, and with a task's own panic once all tasks are done.
     pub fn run(&self, tasks: usize, f: Job<'_>) {
+        self.run_weighed(tasks, |_| 1, f);
+    }
+
+    /// [`run`](Self::run) for tasks that take as long as `cost` says, in any unit: shares are of about equal cost.
+    pub fn run_weighed(&self, tasks: usize, cost: impl Fn(usize) -> u64, f: Job<'_>) {
         assert!(!IN_TASK.get(), "a task must not start another job on the pool");
         // A poisoned lock only says that a task panicked before.
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -151,10 +156,17 @@ impl Pool {
         shared
             .job
             .store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
-        let threads = self.threads();
-        for (worker, share) in shared.shares.iter().enumerate() {
-            let first = |worker: usize| (tasks * worker).div_ceil(threads);
-            share.set(first(worker), first(worker + 1));
+        let threads = self.threads() as u64;
+        let total: u64 = (0..tasks).map(&cost).sum();
+        let (mut next, mut before) = (0, 0);
+        for (share, until) in shared.shares.iter().zip(1..) {
+            let first = next;
+            // A task belongs to the share that its middle falls into.
+            while next < tasks && (2 * before + cost(next)) * threads <= 2 * total * until {
+                before += cost(next);
+                next += 1;
+            }
+            share.set(first, next);
         }
         // SeqCst pairs with the worker's "mark asleep, then look once more".
         shared.jobs.fetch_add(1, Ordering::SeqCst);
@@ -293,6 +305,25 @@ mod tests {
                     assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn every_worker_begins_with_a_share_of_about_equal_cost() {
+        let pool = Pool::new(3);
+        let order = Mutex::new(Vec::new());
+        let others = std::sync::Barrier::new(3);
+        // Each worker holds one task until all have one, so that the shares are seen as they are cut.
+        pool.run_weighed(8, |task| [6, 1, 1, 4, 5, 1, 1, 5][task], &|task, worker| {
+            order.lock().unwrap().push((worker, task));
+            if [0, 3, 5].contains(&task) {
+                others.wait();
+            }
+        });
+        let order = order.into_inner().unwrap();
+        for (worker, first) in [(0, 0), (1, 3), (2, 5)] {
+            let of_worker: Vec<_> = order.iter().filter(|(w, _)| *w == worker).collect();
+            assert_eq!(of_worker[0].1, first, "{order:?}");
         }
     }
 

@@ -166,6 +166,13 @@ impl BandLayer {
         (macs, values)
     }
 
+    /// Multiply-adds of a task, without those of lines that its neighbours make too.
+    pub(super) fn task_cost(&self, task: &BandTask) -> u64 {
+        let (macs, _) = self.cost();
+        let share = (task.bottom - task.top) * task.groups;
+        (macs * share / (self.geometry.output.height * self.groups())) as u64
+    }
+
     /// Bands of a layer; a function of the shapes alone.
     pub(super) fn bands(&self) -> usize {
         let height = self.geometry.output.height;

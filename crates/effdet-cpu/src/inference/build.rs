@@ -27,10 +27,10 @@ pub(super) struct Step {
 
 #[derive(Debug)]
 pub(super) enum Work {
-    /// Tasks with the index of their layer.
-    Bands(Vec<BandLayer>, Vec<(usize, BandTask)>),
-    /// Rows with the index of their layer.
-    Pointwise(Vec<PointwiseLayer>, Vec<(usize, std::ops::Range<usize>)>),
+    /// Tasks with the index of their layer and their multiply-adds.
+    Bands(Vec<BandLayer>, Vec<(usize, BandTask, u64)>),
+    /// Rows with the index of their layer and their multiply-adds.
+    Pointwise(Vec<PointwiseLayer>, Vec<(usize, std::ops::Range<usize>, u64)>),
     Excite(Excitation),
     Levels(Vec<LevelLayer>),
 }
@@ -106,9 +106,12 @@ impl Builder<'_> {
     fn push_bands(&mut self, stage: Stage, layers: Vec<BandLayer>) {
         let cost = sum(layers.iter().map(BandLayer::cost));
         let tasks = (layers.iter().enumerate())
-            .flat_map(|(index, layer)| layer.tasks().into_iter().map(move |task| (index, task)))
+            .flat_map(|(index, layer)| {
+                let with_cost = move |task| (index, task, layer.task_cost(&task));
+                layer.tasks().into_iter().map(with_cost)
+            })
             .collect();
-        let tasks = from_top_to_bottom(tasks, |(layer, task)| {
+        let tasks = from_top_to_bottom(tasks, |(layer, task, _)| {
             (task.top, layers[*layer].geometry.output.height)
         });
         self.push(stage, Kernel::FusedDepthwise, cost, Work::Bands(layers, tasks));
@@ -117,9 +120,15 @@ impl Builder<'_> {
     fn push_pointwise(&mut self, stage: Stage, layers: Vec<PointwiseLayer>) {
         let cost = sum(layers.iter().map(PointwiseLayer::cost));
         let tasks = (layers.iter().enumerate())
-            .flat_map(|(index, layer)| layer.tasks().into_iter().map(move |rows| (index, rows)))
+            .flat_map(|(index, layer)| {
+                let with_cost = move |rows: std::ops::Range<usize>| {
+                    let cost = layer.row_cost() * rows.len() as u64;
+                    (index, rows, cost)
+                };
+                layer.tasks().into_iter().map(with_cost)
+            })
             .collect();
-        let tasks = from_top_to_bottom(tasks, |(layer, rows)| (rows.start, layers[*layer].rows));
+        let tasks = from_top_to_bottom(tasks, |(layer, rows, _)| (rows.start, layers[*layer].rows));
         self.push(stage, Kernel::Pointwise, cost, Work::Pointwise(layers, tasks));
     }
 

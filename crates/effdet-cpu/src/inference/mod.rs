@@ -215,7 +215,7 @@ impl Plan {
         };
         let scratch = |step: &Step| match &step.work {
             Work::Bands(layers, tasks) => (tasks.iter())
-                .map(|(index, task)| layers[*index].scratch_len(task))
+                .map(|(index, task, _)| layers[*index].scratch_len(task))
                 .max()
                 .unwrap_or(0),
             Work::Pointwise(layers, _) => layers.iter().map(|layer| layer.scratch_len()).max().unwrap_or(0),
@@ -303,13 +303,13 @@ impl Step {
         // SAFETY: the layout places buffers so that what a step reads and writes is apart and was written by earlier steps; the
         // tasks of a step write disjoint parts; no other run has the arena or the outputs.
         match &self.work {
-            Work::Bands(layers, tasks) => run.each(tasks.len(), &|task, worker| {
-                let (layer, task) = &tasks[task];
+            Work::Bands(layers, tasks) => run.each(tasks.len(), |task| tasks[task].2, &|task, worker| {
+                let (layer, task, _) = &tasks[task];
                 // SAFETY: see above.
                 unsafe { layers[*layer].run(run, task, worker) }
             }),
-            Work::Pointwise(layers, tasks) => run.each(tasks.len(), &|task, worker| {
-                let (layer, rows) = &tasks[task];
+            Work::Pointwise(layers, tasks) => run.each(tasks.len(), |task| tasks[task].2, &|task, worker| {
+                let (layer, rows, _) = &tasks[task];
                 // SAFETY: see above.
                 unsafe { layers[*layer].run(run, rows.clone(), worker) }
             }),

@@ -62,6 +62,11 @@ impl PointwiseLayer {
         (self.rows * inputs * outputs, values)
     }
 
+    /// Multiply-adds of a row.
+    pub(super) fn row_cost(&self) -> u64 {
+        (self.dense.inputs * self.dense.outputs) as u64
+    }
+
     /// The rows of each task; a function of the shape alone.
     pub(super) fn tasks(&self) -> Vec<Range<usize>> {
         let rows = self.rows.div_ceil(TASKS).next_multiple_of(ROW_UNIT);
@@ -203,7 +208,7 @@ impl Excitation {
             };
             let panels = self.project.outputs.div_ceil(PANEL);
             let panel_len = self.channels * PANEL;
-            run.each(panels, &|panel, _| {
+            run.each(panels, |_| 1, &|panel, _| {
                 let at = panel * panel_len;
                 scale_rows(
                     run.isa(),

@@ -41,10 +41,10 @@ pub(super) enum Output {
 }
 
 impl Run<'_> {
-    /// Calls `f(task, worker)` for every task below `tasks`.
-    pub(super) fn each(&self, tasks: usize, f: &(dyn Fn(usize, usize) + Sync)) {
+    /// Calls `f(task, worker)` for every task below `tasks`, which take as long as `cost` says.
+    pub(super) fn each(&self, tasks: usize, cost: impl Fn(usize) -> u64, f: &(dyn Fn(usize, usize) + Sync)) {
         match self.workers {
-            Workers::All => self.executor.pool().run(tasks, f),
+            Workers::All => self.executor.pool().run_weighed(tasks, cost, f),
             Workers::One(worker) => (0..tasks).for_each(|task| f(task, worker)),
         }
     }

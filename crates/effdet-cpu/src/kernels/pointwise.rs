@@ -226,7 +226,8 @@ pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y
     let scratch_len =
         Bump::room(2 * sums_stride) + Bump::room(sums_stride) + Bump::room(BLOCK_ROWS * slab_stride);
 
-    pool.run(tasks.len(), &|task, worker| {
+    let cost = |task: usize| tasks[task].blocks.len() as u64;
+    pool.run_weighed(tasks.len(), cost, &|task, worker| {
         // SAFETY: inside the task, with its worker, once; the totals at `task` belong to it alone.
         let (mut scratch, totals) = unsafe {
             (
@@ -243,7 +244,7 @@ pub fn forward<X: Stored, Y: Stored>(executor: &Executor, args: Forward<'_, X, Y
         let slab = scratch.take(BLOCK_ROWS * slab_stride);
         totals.fill(0.0);
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
-            let mut ahead = operand.ahead(plan.rows_after(&tasks, task, index, pool.threads()), inputs);
+            let mut ahead = operand.ahead(plan.rows_after(&tasks, task, index), inputs);
             // SAFETY: the sizes are checked above, and the rows of a block belong to one task.
             unsafe {
                 operand.prepare(isa, block, inputs);
@@ -446,7 +447,8 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
         + FormedGradient::room(products, slab_width, partials.has_bias())
         + Bump::room(BLOCK_ROWS / 2 * x_stride);
 
-    pool.run(tasks.len(), &|task, worker| {
+    let cost = |task: usize| tasks[task].blocks.len() as u64;
+    pool.run_weighed(tasks.len(), cost, &|task, worker| {
         // SAFETY: inside the task, with its worker, once; the totals and partials at `task` belong to it alone.
         let (mut scratch, totals, dw) = unsafe {
             (
@@ -462,7 +464,7 @@ pub fn backward<G: Stored, Y: Stored>(executor: &Executor, args: Backward<'_, G,
         totals.fill(0.0);
         let (below_totals, bias_totals) = totals.split_at_mut(2 * inputs);
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
-            let next = plan.rows_after(tasks, task, index, pool.threads());
+            let next = plan.rows_after(tasks, task, index);
             let narrow = next.start * inputs..next.end * inputs;
             let mut ahead = output_gradient.ahead(next).and(&x[narrow.clone()]);
             for tensor in y_below.iter().chain(addends.iter().flatten()) {
@@ -657,7 +659,8 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
         + FormedGradient::room(products, outputs, partials.has_bias())
         + Bump::room(BLOCK_ROWS * tile_stride);
 
-    pool.run(tasks.len(), &|task, worker| {
+    let cost = |task: usize| tasks[task].blocks.len() as u64;
+    pool.run_weighed(tasks.len(), cost, &|task, worker| {
         // SAFETY: inside the task, with its worker, once; the totals and partials at `task` belong to it alone.
         let (mut scratch, bias_totals, dw) = unsafe {
             (
@@ -674,7 +677,7 @@ pub fn backward_activated<X: Stored, G: Stored>(executor: &Executor, args: Backw
         let mut span = first_spans[task];
         let mut image = None;
         for (index, block) in plan.blocks(&tasks[task]).iter().enumerate() {
-            let next = plan.rows_after(tasks, task, index, pool.threads());
+            let next = plan.rows_after(tasks, task, index);
             let wide = next.start * inputs..next.end * inputs;
             let mut ahead = output_gradient.ahead(next).and(&input.raw[wide]);
             // SAFETY: the sizes are checked above; the rows of a block and the totals of a span belong to one task.

@@ -121,19 +121,13 @@ impl RowPlan {
     }
 
     /// The rows of the block that a worker is likely to turn to after block `index` of `task`: the next one of the task, or
-    /// the first one of the task that it will claim when `threads` threads take turns. Empty where there is none.
-    pub(crate) fn rows_after(
-        &self,
-        tasks: &[RowTask],
-        task: usize,
-        index: usize,
-        threads: usize,
-    ) -> Range<usize> {
+    /// the first one of the next task. Empty where there is none.
+    pub(crate) fn rows_after(&self, tasks: &[RowTask], task: usize, index: usize) -> Range<usize> {
         let next = tasks[task].blocks.start + index + 1;
         let next = if next < tasks[task].blocks.end {
             Some(next)
         } else {
-            tasks.get(task + threads).map(|t| t.blocks.start)
+            tasks.get(task + 1).map(|t| t.blocks.start)
         };
         next.map_or(0..0, |next| {
             self.blocks[next].row..self.blocks[next].row + self.blocks[next].rows
@@ -152,9 +146,8 @@ impl RowPlan {
                 (1, count) => count,
                 _ => blocks.len().div_ceil(quota),
             };
-            // The larger tasks first, so that threads that take turns come out even.
-            let (share, larger) = (blocks.len() / count, blocks.len() % count);
-            let at = |task: usize| blocks.start + share * task + larger.min(task);
+            // Larger tasks between smaller ones, so that any run of them comes out even.
+            let at = |task: usize| blocks.start + blocks.len() * task / count;
             tasks.extend((0..count).map(|task| RowTask {
                 blocks: at(task)..at(task + 1),
                 group,
@@ -222,12 +215,14 @@ mod tests {
     }
 
     #[test]
-    fn tasks_of_a_single_group_come_in_fours_with_the_larger_ones_first() {
-        for (blocks, limit, expected) in [(44, 13, 12), (44, 16, 16), (12, 8, 8), (5, 64, 4), (3, 16, 3)] {
+    fn tasks_of_a_single_group_come_in_fours_and_their_halves_are_even() {
+        for (blocks, limit, expected) in [(44, 13, 12), (44, 16, 16), (12, 8, 8), (6, 64, 4), (3, 16, 3)] {
             let tasks = RowPlan::images(1, blocks * BLOCK_ROWS).tasks(limit);
             assert_eq!(tasks.len(), expected);
             let sizes: Vec<_> = tasks.iter().map(|task| task.blocks.len()).collect();
-            assert!(sizes.is_sorted_by(|a, b| a >= b) && sizes[0] - sizes[expected - 1] <= 1);
+            let (least, most) = (sizes.iter().min().unwrap(), sizes.iter().max().unwrap());
+            let half: usize = sizes[..expected / 2].iter().sum();
+            assert!(most - least <= 1 && half == blocks / 2, "{sizes:?}");
         }
     }
 
