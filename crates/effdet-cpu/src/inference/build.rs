@@ -1,5 +1,7 @@
 //! Lays a network out as steps, buffers and constants.
 
+use std::ops::Range;
+
 use effdet_model::network::{
     Conv, MbConv, Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB, Resample, ResizeKind, SeparableConv,
 };
@@ -27,12 +29,20 @@ pub(super) struct Step {
 
 #[derive(Debug)]
 pub(super) enum Work {
-    /// Tasks with the index of their layer and their multiply-adds.
-    Bands(Vec<BandLayer>, Vec<(usize, BandTask, u64)>),
-    /// Rows with the index of their layer and their multiply-adds.
-    Pointwise(Vec<PointwiseLayer>, Vec<(usize, std::ops::Range<usize>, u64)>),
+    Bands(Vec<BandLayer>, Vec<Task<BandTask>>),
+    Pointwise(Vec<PointwiseLayer>, Vec<Task<Range<usize>>>),
     Excite(Excitation),
     Levels(Vec<LevelLayer>),
+}
+
+/// A part of one of a step's layers.
+#[derive(Debug)]
+pub(super) struct Task<P> {
+    /// Index of the layer.
+    pub layer: usize,
+    pub part: P,
+    /// Multiply-adds.
+    pub cost: u64,
 }
 
 /// Everything about a plan that the network alone decides.
@@ -66,7 +76,11 @@ fn sum(costs: impl Iterator<Item = (usize, usize)>) -> (usize, usize) {
 ///
 /// Workers take tasks in equal shares. In this order a worker has the same part of all maps in one step after the other, whose
 /// lines are still in its cache.
-fn from_top_to_bottom<T>(mut tasks: Vec<T>, place: impl Fn(&T) -> (usize, usize)) -> Vec<T> {
+fn from_top_to_bottom<P>(
+    tasks: impl Iterator<Item = Task<P>>,
+    place: impl Fn(&Task<P>) -> (usize, usize),
+) -> Vec<Task<P>> {
+    let mut tasks: Vec<_> = tasks.collect();
     tasks.sort_by(|a, b| {
         let ((a, of_a), (b, of_b)) = (place(a), place(b));
         (a * of_b).cmp(&(b * of_a))
@@ -105,30 +119,31 @@ impl Builder<'_> {
 
     fn push_bands(&mut self, stage: Stage, layers: Vec<BandLayer>) {
         let cost = sum(layers.iter().map(BandLayer::cost));
-        let tasks = (layers.iter().enumerate())
-            .flat_map(|(index, layer)| {
-                let with_cost = move |task| (index, task, layer.task_cost(&task));
-                layer.tasks().into_iter().map(with_cost)
-            })
-            .collect();
-        let tasks = from_top_to_bottom(tasks, |(layer, task, _)| {
-            (task.top, layers[*layer].geometry.output.height)
+        let tasks = (layers.iter().enumerate()).flat_map(|(index, layer)| {
+            let task = move |part: BandTask| Task {
+                layer: index,
+                cost: layer.task_cost(&part),
+                part,
+            };
+            layer.tasks().into_iter().map(task)
+        });
+        let tasks = from_top_to_bottom(tasks, |task| {
+            (task.part.top, layers[task.layer].geometry.output.height)
         });
         self.push(stage, Kernel::FusedDepthwise, cost, Work::Bands(layers, tasks));
     }
 
     fn push_pointwise(&mut self, stage: Stage, layers: Vec<PointwiseLayer>) {
         let cost = sum(layers.iter().map(PointwiseLayer::cost));
-        let tasks = (layers.iter().enumerate())
-            .flat_map(|(index, layer)| {
-                let with_cost = move |rows: std::ops::Range<usize>| {
-                    let cost = layer.row_cost() * rows.len() as u64;
-                    (index, rows, cost)
-                };
-                layer.tasks().into_iter().map(with_cost)
-            })
-            .collect();
-        let tasks = from_top_to_bottom(tasks, |(layer, rows, _)| (rows.start, layers[*layer].rows));
+        let tasks = (layers.iter().enumerate()).flat_map(|(index, layer)| {
+            let task = move |rows: Range<usize>| Task {
+                layer: index,
+                cost: layer.row_cost() * rows.len() as u64,
+                part: rows,
+            };
+            layer.tasks().into_iter().map(task)
+        });
+        let tasks = from_top_to_bottom(tasks, |task| (task.part.start, layers[task.layer].rows));
         self.push(stage, Kernel::Pointwise, cost, Work::Pointwise(layers, tasks));
     }
 

@@ -29,7 +29,7 @@ use effdet_model::engine::{EngineError, HeadOutputs, ImageBatch, LevelOutput};
 use effdet_model::network::Network;
 use effdet_model::weights::Weights;
 
-use self::build::{Layout, Step, Work};
+use self::build::{Layout, Step, Task, Work};
 use self::fingerprint::fingerprint;
 use self::fold::{Constants, Variables};
 use self::lifetimes::Placement;
@@ -215,7 +215,7 @@ impl Plan {
         };
         let scratch = |step: &Step| match &step.work {
             Work::Bands(layers, tasks) => (tasks.iter())
-                .map(|(index, task, _)| layers[*index].scratch_len(task))
+                .map(|task| layers[task.layer].scratch_len(&task.part))
                 .max()
                 .unwrap_or(0),
             Work::Pointwise(layers, _) => layers.iter().map(|layer| layer.scratch_len()).max().unwrap_or(0),
@@ -303,16 +303,18 @@ impl Step {
         // SAFETY: the layout places buffers so that what a step reads and writes is apart and was written by earlier steps; the
         // tasks of a step write disjoint parts; no other run has the arena or the outputs.
         match &self.work {
-            Work::Bands(layers, tasks) => run.each(tasks.len(), |task| tasks[task].2, &|task, worker| {
-                let (layer, task, _) = &tasks[task];
+            Work::Bands(layers, tasks) => run.each(tasks.len(), |task| tasks[task].cost, &|task, worker| {
+                let Task { layer, part, .. } = &tasks[task];
                 // SAFETY: see above.
-                unsafe { layers[*layer].run(run, task, worker) }
+                unsafe { layers[*layer].run(run, part, worker) }
             }),
-            Work::Pointwise(layers, tasks) => run.each(tasks.len(), |task| tasks[task].2, &|task, worker| {
-                let (layer, rows, _) = &tasks[task];
-                // SAFETY: see above.
-                unsafe { layers[*layer].run(run, rows.clone(), worker) }
-            }),
+            Work::Pointwise(layers, tasks) => {
+                run.each(tasks.len(), |task| tasks[task].cost, &|task, worker| {
+                    let Task { layer, part, .. } = &tasks[task];
+                    // SAFETY: see above.
+                    unsafe { layers[*layer].run(run, part.clone(), worker) }
+                })
+            }
             // SAFETY: see above.
             Work::Excite(excitation) => unsafe { excitation.run(run) },
             Work::Levels(levels) => {

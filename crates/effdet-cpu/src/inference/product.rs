@@ -167,6 +167,7 @@ unsafe fn tile<S: Simd, K: Sink, const R: usize, const V: usize>(
         }
         for line in p.lines.iter().take(p.line_count) {
             let mut a = line.add(row * p.a_stride);
+            // As many lines of rows further on as this tile reads.
             let mut fetch = a.wrapping_add(FETCHED_VALUES.max(R * p.a_stride));
             for _ in 0..p.depth {
                 S::prefetch(fetch);
