@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use effdet_model::engine::Workers;
+
 use crate::arena::AlignedBuf;
 
 /// How often an idle worker looks for work before it parks: a hundred microseconds, longer than the serial stretch between
@@ -201,6 +203,16 @@ impl Pool {
         let buffer = unsafe { &mut *self.shared.scratch[worker].0.get() };
         buffer.grow(len);
         buffer
+    }
+}
+
+impl Workers for Pool {
+    fn count(&self) -> usize {
+        self.threads()
+    }
+
+    fn each(&self, jobs: usize, job: &(dyn Fn(usize) + Sync)) {
+        self.run(jobs, &|task, _| job(task));
     }
 }
 

@@ -289,6 +289,15 @@ pub trait Engine: Send {
     ) -> Result<(), EngineError>;
 }
 
+/// An engine's threads, for work beside its own.
+pub trait Workers: std::fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// Calls `job` with every index below `jobs`, each once, and returns when all are done. Do not call it from inside a job.
+    fn each(&self, jobs: usize, job: &(dyn Fn(usize) + Sync));
+}
+
 impl ImageBatch<'_> {
     /// Checks that `pixels` has the size the other fields imply and that they are those of the network.
     ///

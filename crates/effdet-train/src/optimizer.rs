@@ -1,12 +1,13 @@
 //! One update: L2, clipping, SGD or Adam, moving averages, over flat buffers.
 //!
 //! # Determinism
-//! Every norm is summed in f64, variable by variable, in lanes that depend on the index alone; threads take whole variables or
+//! Every norm is summed in f64, variable by variable, in lanes that depend on the index alone; workers take whole variables or
 //! single values, so nothing depends on their number.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::Arc;
 
+use effdet_model::engine::Workers;
 use effdet_model::hparams::{HParams, OptimizerKind};
 use effdet_model::network::{VariableKind, VariableTable};
 use effdet_model::weights::Weights;
@@ -62,11 +63,27 @@ pub struct Optimizer {
     clip_norm: f64,
     ema_decay: f64,
     variables: Vec<Slot>,
-    threads: NonZeroUsize,
+    team: Team,
     /// Momentum of SGD, first moment of Adam.
     first: Vec<f32>,
     /// Second moment of Adam.
     second: Vec<f32>,
+}
+
+/// Who does the work; does not tell optimisers apart.
+#[derive(Debug, Clone, Default)]
+struct Team(Option<Arc<dyn Workers>>);
+
+impl Team {
+    fn get(&self) -> Option<&dyn Workers> {
+        self.0.as_deref()
+    }
+}
+
+impl PartialEq for Team {
+    fn eq(&self, _other: &Self) -> bool {
+        true
+    }
 }
 
 const ADAM_BETA_2: f32 = 0.999;
@@ -106,24 +123,23 @@ impl Optimizer {
             clip_norm: hparams.clip_gradients_norm,
             ema_decay: hparams.moving_average_decay,
             variables,
-            threads: NonZeroUsize::MIN,
+            team: Team::default(),
             first: vec![0.0; table.trainable_len()],
             second: vec![0.0; if adam { table.trainable_len() } else { 0 }],
         })
     }
 
-    /// Shares the work of updates among `threads` threads where there is enough of it; 0 counts as 1.
-    pub fn use_threads(&mut self, threads: usize) {
-        self.threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
+    /// Shares the work of updates among workers where there is enough of it.
+    pub fn use_workers(&mut self, workers: Arc<dyn Workers>) {
+        self.team = Team(Some(workers));
     }
 
-    /// Parts of all values, one per thread, with about as many trained ones in each, and the variables in them; frozen variables
+    /// Parts of all values, one per worker, with about as many trained ones in each, and the variables in them; frozen variables
     /// belong to the part that begins before them.
     fn parts(&self) -> Vec<(Range<usize>, &[Slot])> {
         let total: usize = self.variables.iter().map(|slot| slot.range.len()).sum();
-        let share = total
-            .div_ceil(parallel::useful_threads(total, self.threads))
-            .max(1);
+        let workers = self.team.get().map_or(1, |workers| workers.count());
+        let share = total.div_ceil(parallel::useful_workers(total, workers)).max(1);
         let mut parts = Vec::new();
         let (mut begin, mut first, mut values) = (0, 0, 0);
         for (index, slot) in self.variables.iter().enumerate() {
@@ -165,7 +181,7 @@ impl Optimizer {
     ///
     /// With the L2 gradient added, `g ← g·c/max(‖g‖, c)` per variable, then the same with the norm over all variables.
     pub fn prepare(&self, weights: &Weights, gradients: &[f32]) -> Prepared {
-        let of_parts = parallel::map(self.parts(), |(_, slots)| {
+        let of_parts = parallel::map(self.team.get(), self.parts(), |(_, slots)| {
             let norms = slots.iter().map(|slot| self.norms(slot, weights, gradients));
             norms.collect::<Vec<_>>()
         });
@@ -246,7 +262,7 @@ impl Optimizer {
             };
             jobs.push(part);
         }
-        parallel::map(jobs, |part| part.update(&rule));
+        parallel::map(self.team.get(), jobs, |part| part.update(&rule));
     }
 
     /// The norms of a variable, and the factor that clips it.
@@ -425,6 +441,7 @@ fn freeze_pattern(pattern: &str) -> Result<Regex, FreezePatternError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parallel::testing::Threads;
     use effdet_model::network::Network;
 
     fn network() -> Network {
@@ -470,7 +487,7 @@ mod tests {
                     h.optimizer = kind;
                     h.var_freeze_expr = Some(".*fpn_cells/cell_1.*".to_owned());
                 });
-                optimizer.use_threads(threads);
+                optimizer.use_workers(Arc::new(Threads(threads)));
                 let mut weights = Weights::init(&network.variables, 3);
                 let mut average = weights.clone();
                 let mut reports = Vec::new();

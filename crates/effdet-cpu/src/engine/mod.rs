@@ -21,7 +21,7 @@ use std::sync::mpsc::Sender;
 use effdet_model::anchors::{AnchorConfig, Anchors};
 use effdet_model::engine::{
     Engine, EngineError, HeadOutputs, ImageBatch, Mode, Precision, StepLosses, StepOptions, TraceSink,
-    TrainBatch,
+    TrainBatch, Workers,
 };
 use effdet_model::hparams::ActType;
 use effdet_model::network::{Head, Network, RESCALE_MEAN_RGB, RESCALE_STDDEV_RGB, VariableId};
@@ -226,6 +226,11 @@ impl CpuEngine {
     /// Threads in use.
     pub fn threads(&self) -> usize {
         self.executor.pool().threads()
+    }
+
+    /// The threads, for work between steps: they are awake then, which threads of the caller's own would not be.
+    pub fn workers(&self) -> Arc<dyn Workers> {
+        Arc::clone(self.executor.pool()) as Arc<dyn Workers>
     }
 
     /// The memory that training on batches of `images` images takes, without taking it.

@@ -31,7 +31,7 @@ use crate::simd::Isa;
 /// What every kernel runs on: a pool of threads and an instruction set that is available here.
 #[derive(Debug)]
 pub struct Executor {
-    pool: Pool,
+    pool: Arc<Pool>,
     isa: Isa,
     workspace: Mutex<Workspace>,
     probe: Option<Arc<dyn Probe>>,
@@ -80,7 +80,7 @@ impl Executor {
             "instruction set {isa} is not available on this processor"
         );
         Self {
-            pool: Pool::new(threads),
+            pool: Arc::new(Pool::new(threads)),
             isa,
             workspace: Mutex::default(),
             probe: None,
@@ -88,7 +88,7 @@ impl Executor {
     }
 
     /// The threads.
-    pub fn pool(&self) -> &Pool {
+    pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 

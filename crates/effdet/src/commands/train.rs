@@ -265,7 +265,7 @@ fn execute(
     let mut engine_args = args.engine.clone();
     engine_args.threads = job.threads(args.engine.threads);
     let mut engine = cpu_engine(network, &engine_args, args.step_memory(config.train.precision))?;
-    state.optimizer.use_threads(engine.threads());
+    state.optimizer.use_workers(engine.workers());
     let trainer = Trainer::new(&config.train, network, data.train.examples.len());
     let quiet = args.quiet || !job.is_root();
     let ranks = job.group.size();

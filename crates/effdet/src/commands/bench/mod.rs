@@ -169,7 +169,7 @@ fn time_training(
     let mut weights = Weights::init(&network.variables, 0);
     let mut average = Weights::zeros(&network.variables);
     let mut optimizer = Optimizer::new(&network.hparams, &network.variables)?;
-    optimizer.use_threads(engine.threads());
+    optimizer.use_workers(engine.workers());
     let mut gradients = vec![0.0; weights.trainable.len()];
     let mut step = 0;
     let listen = |engine: &mut CpuEngine, probe| engine.listen(probe);
