@@ -534,6 +534,8 @@ impl<'a> LineMaker<'a> {
                         lines,
                         line_count: 3,
                         a_stride: image.stride * 3,
+                        // Lines in the cache.
+                        ahead: 0,
                         b: run.constant(conv.weights),
                         b_panel_stride: conv.inputs * PANEL,
                         bias: run.constant(conv.bias),

@@ -33,7 +33,7 @@ use self::build::{Layout, Step, Task, Work};
 use self::fingerprint::fingerprint;
 use self::fold::{Constants, Variables};
 use self::lifetimes::Placement;
-use self::run::{Run, Workers};
+use self::run::{Crew, Run};
 use crate::arena::{AlignedBuf, SharedPtr};
 use crate::engine::{CpuOptions, check_weights, executor};
 use crate::kernels::Executor;
@@ -272,14 +272,14 @@ impl Plan {
             .map(|arena| SharedPtr::new(arena))
             .collect();
         let pixels = images.height * images.width * 3;
-        let run = |image: usize, workers: Workers| {
+        let run = |image: usize, crew: Crew| {
             let run = Run {
                 executor,
-                workers,
+                crew,
                 placement: &self.placement,
-                arena: match workers {
-                    Workers::All => arenas[0],
-                    Workers::One(worker) => arenas[worker],
+                arena: match crew {
+                    Crew::All => arenas[0],
+                    Crew::One(worker) => arenas[worker],
                 },
                 constants: &self.constants,
                 pixels: &images.pixels[image * pixels..(image + 1) * pixels],
@@ -291,9 +291,9 @@ impl Plan {
                 step.run(&run);
             }
         };
-        pool.run(alone, &|image, worker| run(image, Workers::One(worker)));
+        pool.run(alone, &|image, worker| run(image, Crew::One(worker)));
         for image in alone..images.batch {
-            run(image, Workers::All);
+            run(image, Crew::All);
         }
     }
 }

@@ -6,12 +6,9 @@
 use std::marker::PhantomData;
 
 use crate::kernels::gemm::PANEL;
-use crate::kernels::row_sweeps::{load, store};
+use crate::kernels::row_sweeps::{fetch_distance, load, store};
 use crate::math::{Activation, activations};
 use crate::simd::{Simd, dispatch};
-
-/// Values of the left operand between what is read and what is fetched, at least.
-const FETCHED_VALUES: usize = 2048;
 
 /// Lines that the rows of a left operand may be put together from.
 pub(super) const LINES: usize = 3;
@@ -32,6 +29,8 @@ pub(super) struct Product {
     pub line_count: usize,
     /// Values from one row of A to the next.
     pub a_stride: usize,
+    /// Values from what is read of A to what is worth prefetching.
+    pub ahead: usize,
     /// B in panels of 16 columns.
     pub b: *const f32,
     /// Values from one panel to the next.
@@ -55,6 +54,7 @@ impl Product {
             lines: [a; LINES],
             line_count: 1,
             a_stride,
+            ahead: fetch_distance(a_stride, depth),
             b,
             b_panel_stride: depth * PANEL,
             bias,
@@ -168,7 +168,7 @@ unsafe fn tile<S: Simd, K: Sink, const R: usize, const V: usize>(
         for line in p.lines.iter().take(p.line_count) {
             let mut a = line.add(row * p.a_stride);
             // As many lines of rows further on as this tile reads.
-            let mut fetch = a.wrapping_add(FETCHED_VALUES.max(R * p.a_stride));
+            let mut fetch = a.wrapping_add(p.ahead.max(R * p.a_stride));
             for _ in 0..p.depth {
                 S::prefetch(fetch);
                 fetch = fetch.wrapping_add(R);

@@ -8,7 +8,7 @@ use crate::simd::Isa;
 
 /// Who computes a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Workers {
+pub(super) enum Crew {
     /// All of the pool together.
     All,
     /// This one, inside a task of the pool, while the others have images of their own.
@@ -19,7 +19,7 @@ pub(super) enum Workers {
 #[derive(Debug)]
 pub(super) struct Run<'a> {
     pub executor: &'a Executor,
-    pub workers: Workers,
+    pub crew: Crew,
     pub placement: &'a Placement,
     pub arena: SharedPtr<f32>,
     pub constants: &'a [f32],
@@ -43,9 +43,9 @@ pub(super) enum Output {
 impl Run<'_> {
     /// Calls `f(task, worker)` for every task below `tasks`, which take as long as `cost` says.
     pub(super) fn each(&self, tasks: usize, cost: impl Fn(usize) -> u64, f: &(dyn Fn(usize, usize) + Sync)) {
-        match self.workers {
-            Workers::All => self.executor.pool().run_weighed(tasks, cost, f),
-            Workers::One(worker) => (0..tasks).for_each(|task| f(task, worker)),
+        match self.crew {
+            Crew::All => self.executor.pool().run_weighed(tasks, cost, f),
+            Crew::One(worker) => (0..tasks).for_each(|task| f(task, worker)),
         }
     }
 
@@ -64,10 +64,10 @@ impl Run<'_> {
 
     /// How many runs this one reports for: where every worker has an image, the one on the calling thread speaks for all.
     fn speaks_for(&self) -> Option<usize> {
-        match self.workers {
-            Workers::All => Some(1),
-            Workers::One(0) => Some(self.executor.pool().threads()),
-            Workers::One(_) => None,
+        match self.crew {
+            Crew::All => Some(1),
+            Crew::One(0) => Some(self.executor.pool().threads()),
+            Crew::One(_) => None,
         }
     }
 

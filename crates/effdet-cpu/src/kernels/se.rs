@@ -184,21 +184,20 @@ pub struct Excite<'a> {
 /// # Determinism
 /// The same bits for any number of threads and any instruction set.
 pub fn excite(executor: &Executor, args: Excite<'_>) {
-    let images = args.mean.len() / args.weights.check().0;
     let _report = executor.report(Kernel::SqueezeExcite, args.work());
-    excite_with(executor.isa(), args, |f| executor.pool().run(images, f));
+    excite_with(executor.isa(), args, |images, f| executor.pool().run(images, f));
 }
 
-/// [`excite`] for one image on the calling thread.
+/// [`excite`] on the calling thread alone.
 ///
 /// # Panics
 /// As [`excite`].
 pub(crate) fn excite_alone(isa: Isa, args: Excite<'_>) {
-    excite_with(isa, args, |f| f(0, 0));
+    excite_with(isa, args, |images, f| (0..images).for_each(|image| f(image, 0)));
 }
 
 /// `each` calls what it is given for every image.
-fn excite_with(isa: Isa, args: Excite<'_>, each: impl FnOnce(&(dyn Fn(usize, usize) + Sync))) {
+fn excite_with(isa: Isa, args: Excite<'_>, each: impl FnOnce(usize, &(dyn Fn(usize, usize) + Sync))) {
     let Excite {
         weights,
         act,
@@ -212,7 +211,7 @@ fn excite_with(isa: Isa, args: Excite<'_>, each: impl FnOnce(&(dyn Fn(usize, usi
     check("hidden", hidden.len(), images * squeezed);
     check("gate", gate.len(), images * channels);
     let (hidden, gate) = (SharedPtr::new(hidden), SharedPtr::new(gate));
-    each(&|image, _| {
+    each(images, &|image, _| {
         let mut activated = vec![0.0; squeezed];
         // SAFETY: the sizes are checked above, and every image has its own parts.
         unsafe {

@@ -36,7 +36,7 @@ pub struct Demand {
 }
 
 impl Demand {
-    /// That of a run with this configuration.
+    /// That of a run with this configuration; ranks that share a machine have fewer threads each and need less.
     pub fn of(args: &TrainArgs, config: &RunConfig) -> Self {
         Self {
             images: config.train.batch_size,
@@ -50,44 +50,40 @@ impl Demand {
     ///
     /// The figure holds what grows with network and batch; images of the data set are read one by one.
     pub fn bytes(self, hparams: &HParams) -> Result<u64> {
-        needed_bytes(hparams, self)
+        let Self {
+            images,
+            accumulate,
+            threads,
+            memory,
+        } = self;
+        let network = Arc::new(Network::new(hparams)?);
+        let options = CpuOptions {
+            threads: 1,
+            precision: memory.precision,
+            grad_checkpoint: memory.grad_checkpoint,
+            ..CpuOptions::default()
+        };
+        let engine = CpuEngine::new(Arc::clone(&network), options)?;
+        let table = &network.variables;
+        let evaluation = InferencePlan::new(Arc::clone(&network), &Weights::zeros(table), options)?;
+        let slots = match hparams.optimizer {
+            effdet_model::hparams::OptimizerKind::Adam => 2,
+            effdet_model::hparams::OptimizerKind::Sgd => 1,
+        };
+        let averages = u64::from(hparams.moving_average_decay > 0.0);
+        let sums = u64::from(accumulate > 1);
+        // Weights, gradients, slots, averages; a checkpoint is encoded in memory before it is written.
+        let saved = 1 + slots + averages;
+        let values = (2 + slots + averages + sums + saved) * table.trainable_len() as u64;
+        let size = hparams.image_size;
+        let of_image = (size.height * size.width * 3 + 5 * network.num_anchors()) as u64;
+        let batches = BATCHES * images as u64 * of_image;
+        let outputs = (images * network.num_anchors() * (hparams.num_classes + 4)) as u64;
+        Ok(BASE_BYTES
+            + engine.training_memory(images).total_bytes() as u64
+            + evaluation.memory(threads, threads).total_bytes() as u64
+            + 4 * (values + batches + outputs))
     }
-}
-
-fn needed_bytes(hparams: &HParams, demand: Demand) -> Result<u64> {
-    let Demand {
-        images,
-        accumulate,
-        threads,
-        memory,
-    } = demand;
-    let network = Arc::new(Network::new(hparams)?);
-    let options = CpuOptions {
-        threads: 1,
-        precision: memory.precision,
-        grad_checkpoint: memory.grad_checkpoint,
-        ..CpuOptions::default()
-    };
-    let engine = CpuEngine::new(Arc::clone(&network), options)?;
-    let table = &network.variables;
-    let evaluation = InferencePlan::new(Arc::clone(&network), &Weights::zeros(table), options)?;
-    let slots = match hparams.optimizer {
-        effdet_model::hparams::OptimizerKind::Adam => 2,
-        effdet_model::hparams::OptimizerKind::Sgd => 1,
-    };
-    let averages = u64::from(hparams.moving_average_decay > 0.0);
-    let sums = u64::from(accumulate > 1);
-    // Weights, gradients, slots, averages; a checkpoint is encoded in memory before it is written.
-    let saved = 1 + slots + averages;
-    let values = (2 + slots + averages + sums + saved) * table.trainable_len() as u64;
-    let size = hparams.image_size;
-    let of_image = (size.height * size.width * 3 + 5 * network.num_anchors()) as u64;
-    let batches = BATCHES * images as u64 * of_image;
-    let outputs = (images * network.num_anchors() * (hparams.num_classes + 4)) as u64;
-    Ok(BASE_BYTES
-        + engine.training_memory(images).total_bytes() as u64
-        + evaluation.memory(threads, threads).total_bytes() as u64
-        + 4 * (values + batches + outputs))
 }
 
 /// Memory that a run may take and whose word that is; none where the system does not say.
